@@ -1,0 +1,64 @@
+package block
+
+import (
+	"context"
+	"fmt"
+	"sort"
+	"sync"
+
+	"github.com/droverproject/drover/storage"
+)
+
+// Format is a way to find a disk inside a file.
+type Format struct {
+	Name string
+	// Probe reports whether a file whose first 512 bytes (zero-extended) are head is of this format.
+	Probe func(head []byte) bool
+	// Open makes a device of a file that is already locked. On success the device owns the file and closes it; on
+	// failure the caller does.
+	Open func(ctx context.Context, file storage.File, o FormatOptions) (Device, error)
+}
+
+// FormatOptions is what a format gets beside its file.
+type FormatOptions struct {
+	Name     string            // of the file, for messages
+	ReadOnly bool              // the device refuses changes, and the file must not be written
+	Options  map[string]string // runtime options by QEMU's names, for example "l2-cache-size"
+	// OpenBacking opens the backing file that the image names (or that the caller put in its place), read-only. format
+	// is what the image says of it, "" when it says nothing. It applies the caller's policy. It returns nil and no
+	// error when the caller wants the image without its backing: what the image does not hold then reads as zeroes.
+	OpenBacking func(ctx context.Context, name, format string) (Device, error)
+	// OpenDataFile opens the external data file that the image names ("" when it names none).
+	OpenDataFile func(ctx context.Context, name string) (storage.File, error)
+}
+
+var formats struct {
+	mu     sync.RWMutex
+	byName map[string]Format
+}
+
+// RegisterFormat makes a format known to Open. A format's package calls it from its init function; registering a name
+// twice panics, since that is a mistake in the program.
+func RegisterFormat(f Format) {
+	formats.mu.Lock()
+	defer formats.mu.Unlock()
+	if formats.byName == nil {
+		formats.byName = make(map[string]Format)
+	}
+	if _, ok := formats.byName[f.Name]; ok {
+		panic(fmt.Sprintf("block: format %q is registered twice", f.Name))
+	}
+	formats.byName[f.Name] = f
+}
+
+// Formats returns the names of the registered formats in alphabetical order.
+func Formats() []string {
+	formats.mu.RLock()
+	defer formats.mu.RUnlock()
+	names := make([]string, 0, len(formats.byName))
+	for n := range formats.byName {
+		names = append(names, n)
+	}
+	sort.Strings(names)
+	return names
+}
