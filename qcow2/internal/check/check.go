@@ -1,0 +1,235 @@
+// Package check finds out from an image's file alone whether the image is consistent.
+//
+// # The model
+//
+// Everything in an image that is in use is referred to by something: the header by its place, tables by the header,
+// L2 tables by L1 tables, data clusters by L2 tables, refcount blocks by the refcount table, and so on. The check
+// walks all of it and counts the references to each host cluster. Then it compares: a refcount above the references
+// that were found is a leak, one below is a corruption. The COPIED flags of the active tables must say of each cluster
+// whether its stored refcount is exactly one. On the way it reports everything that the format forbids.
+//
+// The numbers are those of qemu-img check for the same file.
+//
+// # What differs from qemu-img check
+//
+//   - An L2 table is read once, in the order of the file, however many snapshots share it, and each of its faults counts
+//     as often as the table is referred to. The totals are the same, the order of messages is not.
+//   - A bitmap directory or bitmap table that cannot be understood is a corruption, and the check goes on. qemu-img does
+//     not open such an image.
+//   - There is no limit on the number of clusters. qemu-img gives up at 1<<31 of them.
+//   - An L2 table at an unaligned offset is walked only while such tables do not take more bytes than the file has.
+//   - A snapshot's L1 table at an offset that no file can have (1<<63 less 1 GiB and more) reads as zeroes, as everything
+//     behind the end of the file does, and is a corruption. qemu-img fails to read it and gives up.
+//
+// # Bounds
+//
+// Memory and time are proportional to the length of the file, whatever the fields of the image say: tables are read
+// only as far as the file goes, overlapping tables are read once, and references to places outside the file are
+// reported, not counted. Every loop ends early when the context does.
+package check
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/storage"
+)
+
+// checker is one run of a check.
+type checker struct {
+	ctx         context.Context // of the one call of Run
+	file        storage.File
+	opts        Options
+	maxFindings int
+	rep         *Report
+
+	h        *format.Header
+	l        format.Layout
+	fileSize int64
+	maxCount uint64 // the largest refcount
+	clusters uint64 // host clusters of the file; a table that ends beyond the file's end may add one
+
+	refs   *counts
+	tables tableRefs
+	stored *storedRefcounts
+}
+
+// Run checks the image in file. It reads the file and changes nothing.
+//
+// The error is that of a file that is not an image (see format.ParseHeader), of a snapshot table that cannot be read
+// (without it every cluster of a snapshot would seem to be leaked), of a read that failed, or of the context. The report
+// is then nil or counts what was found until then, and must not be taken for the whole.
+func Run(ctx context.Context, file storage.File, o Options) (*Report, error) {
+	c := &checker{ctx: ctx, file: file, opts: o, maxFindings: o.MaxFindings, rep: &Report{}, refs: newCounts()}
+	if c.maxFindings <= 0 {
+		c.maxFindings = defaultMaxFindings
+	}
+	if err := c.open(); err != nil {
+		return nil, err
+	}
+	return c.rep, c.run()
+}
+
+// open reads the header and the refcount table.
+func (c *checker) open() error {
+	var err error
+	if c.fileSize, err = c.file.Size(); err != nil {
+		return fmt.Errorf("asking for the size of the image file: %w", err)
+	}
+	first, err := c.read(0, format.SectorSize)
+	if err != nil {
+		return fmt.Errorf("reading the header: %w", err)
+	}
+	area, err := format.HeaderArea(first)
+	if err != nil {
+		return err
+	}
+	b, err := c.read(0, area)
+	if err != nil {
+		return fmt.Errorf("reading the header: %w", err)
+	}
+	if c.h, err = format.ParseHeaderForCheck(b); err != nil {
+		return err
+	}
+	c.l = c.h.Layout()
+	c.maxCount = c.l.RefcountMax()
+	c.clusters = uint64(c.l.ClustersFor(c.fileSize))
+	c.rep.ImageEndOffset = c.l.ClusterSize() // the header is always there
+	c.rep.TotalClusters = c.l.ClustersFor(c.h.DiskSize())
+	c.rep.Dirty = c.h.Incompat&format.IncompatDirty != 0
+	c.rep.Corrupt = c.h.Incompat&format.IncompatCorrupt != 0
+	c.stored, err = c.loadRefcountTable()
+	return err
+}
+
+// run does the check, in the order in which qemu-img counts.
+func (c *checker) run() error {
+	snapshots, tableLen, err := c.readSnapshots()
+	if err != nil {
+		c.found(Failure, 1, at(c.h.SnapshotsOffset), "ERROR failed to read the snapshot table: %v", err)
+		return fmt.Errorf("reading the snapshot table at host offset %#x: %w", c.h.SnapshotsOffset, err)
+	}
+	c.reference(0, uint64(c.l.ClusterSize()), 1)
+	steps := []func() error{
+		c.walkActiveL1,
+		func() error { return c.walkSnapshots(snapshots) },
+		c.walkL2Tables,
+		func() error { c.referenceTables(tableLen); return nil },
+		c.walkBitmaps,
+		c.walkRefcountTable,
+		c.compare,
+	}
+	for _, step := range steps {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	return c.ctx.Err()
+}
+
+// referenceTables counts what the header points to and nothing else walks.
+func (c *checker) referenceTables(snapshotTableLen int) {
+	c.reference(c.h.SnapshotsOffset, uint64(snapshotTableLen), 1)
+	c.reference(c.h.RefTableOffset, uint64(c.h.RefTableLen)<<c.l.ClusterBits, 1)
+	if c.h.Crypto != nil {
+		c.reference(c.h.Crypto.Offset, c.h.Crypto.Length, 1)
+	}
+}
+
+// reference counts times references to every cluster of a range. A range that ends a whole cluster or more beyond the
+// end of the file is a fault instead: only the last cluster of a file may be incomplete.
+func (c *checker) reference(off format.HostOff, n, times uint64) {
+	if n == 0 || times == 0 {
+		return
+	}
+	if !c.inFile(off, n) {
+		c.corrupt(times, at(off), "ERROR: counting reference for region exceeding the end of the file by one cluster or "+
+			"more: offset 0x%x size 0x%x", off, n)
+		return
+	}
+	for i := c.l.Cluster(off); i <= c.l.Cluster(off+format.HostOff(n)-1); i++ {
+		c.referenceCluster(i, times)
+	}
+}
+
+// inFile reports whether a range ends less than a cluster behind the end of the file.
+func (c *checker) inFile(off format.HostOff, n uint64) bool {
+	end := uint64(c.fileSize) + uint64(c.l.ClusterSize())
+	return n < end && uint64(off) < end-n
+}
+
+// referenceCluster counts references to one cluster, which is known to be in the file.
+func (c *checker) referenceCluster(i format.ClusterIdx, times uint64) {
+	c.clusters = max(c.clusters, uint64(i)+1)
+	if lost := c.refs.add(i, times, c.maxCount); lost > 0 {
+		c.corrupt(lost, at(c.l.Offset(i)), "ERROR: overflow cluster offset=0x%x", c.l.Offset(i))
+	}
+}
+
+// read reads n bytes; what is behind the end of the file reads as zeroes. n is bounded by the caller.
+func (c *checker) read(off format.HostOff, n int64) ([]byte, error) {
+	b := make([]byte, n)
+	return b, c.readInto(b, off)
+}
+
+func (c *checker) readInto(b []byte, off format.HostOff) error {
+	if uint64(off) >= uint64(c.fileSize) {
+		clear(b)
+		return nil
+	}
+	n, err := c.file.ReadAt(b, int64(off))
+	if n == len(b) {
+		return nil
+	}
+	if err == nil || errors.Is(err, io.EOF) {
+		clear(b[n:])
+		return nil
+	}
+	return err
+}
+
+// inside cuts the length of a table down to what the file has of it.
+func (c *checker) inside(off format.HostOff, n uint64) int64 {
+	if uint64(off) >= uint64(c.fileSize) {
+		return 0
+	}
+	return int64(min(n, uint64(c.fileSize)-uint64(off)))
+}
+
+// chunkBytes is how much of a table is read at once.
+const chunkBytes = 1 << 20
+
+// words calls fn for the words of a table of n bytes that are in the file, some of them at a time; first is the index
+// of the first of them. A part of a word at the end of the file is extended with zeroes.
+func (c *checker) words(off format.HostOff, n uint64, fn func(first int64, words []uint64) error) error {
+	length := (c.inside(off, n) + 7) &^ 7
+	buf := make([]byte, min(length, chunkBytes))
+	words := make([]uint64, len(buf)/8)
+	for done := int64(0); done < length; done += chunkBytes {
+		if err := c.ctx.Err(); err != nil {
+			return err
+		}
+		b := buf[:min(length-done, chunkBytes)]
+		if err := c.readInto(b, off+format.HostOff(done)); err != nil {
+			return err
+		}
+		part := words[:len(b)/8]
+		format.DecodeTable(part, b)
+		if err := fn(done/8, part); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// failed counts a read that failed and describes it.
+func (c *checker) failed(what string, off format.HostOff, err error) error {
+	if c.ctx.Err() != nil {
+		return c.ctx.Err()
+	}
+	c.found(Failure, 1, at(off), "ERROR: I/O error reading %s at 0x%x: %v", what, off, err)
+	return fmt.Errorf("reading %s at host offset %#x: %w", what, off, err)
+}

@@ -1,0 +1,123 @@
+package check
+
+import (
+	"cmp"
+	"math"
+	"slices"
+
+	"github.com/droverproject/drover/qcow2/internal/format"
+)
+
+// pageClusters is how many clusters share a page of reference counts. It is a multiple of 8, so that a page's refcounts
+// fill whole bytes whatever their width.
+const pageClusters = 4096
+
+// manyRefs marks a count that does not fit in a page and is in counts.many instead.
+const manyRefs = math.MaxUint16
+
+type countPage [pageClusters]uint16
+
+// counts holds how many references were found to each host cluster. It takes memory only for pages that were touched.
+type counts struct {
+	pages map[uint64]*countPage
+	many  map[format.ClusterIdx]uint64
+	// The page used last: references come in runs.
+	last    *countPage
+	lastNum uint64
+}
+
+func newCounts() *counts {
+	return &counts{pages: make(map[uint64]*countPage), many: make(map[format.ClusterIdx]uint64)}
+}
+
+// get returns the number of references to a cluster.
+func (c *counts) get(i format.ClusterIdx) uint64 {
+	page := c.pages[uint64(i)/pageClusters]
+	if page == nil {
+		return 0
+	}
+	return c.inPage(page, i)
+}
+
+func (c *counts) inPage(page *countPage, i format.ClusterIdx) uint64 {
+	if v := page[i%pageClusters]; v != manyRefs {
+		return uint64(v)
+	}
+	return c.many[i]
+}
+
+// add adds n references to a cluster, but stays at limit. It returns how many did not fit.
+func (c *counts) add(i format.ClusterIdx, n, limit uint64) (lost uint64) {
+	num := uint64(i) / pageClusters
+	if c.last == nil || c.lastNum != num {
+		page := c.pages[num]
+		if page == nil {
+			page = new(countPage)
+			c.pages[num] = page
+		}
+		c.last, c.lastNum = page, num
+	}
+	old := c.inPage(c.last, i)
+	if room := limit - old; n > room {
+		n, lost = room, n-room
+	}
+	if sum := old + n; sum < manyRefs {
+		c.last[i%pageClusters] = uint16(sum)
+	} else {
+		c.last[i%pageClusters] = manyRefs
+		c.many[i] = sum
+	}
+	return lost
+}
+
+// pageNumbers returns the numbers of the touched pages in order.
+func (c *counts) pageNumbers() []uint64 {
+	nums := make([]uint64, 0, len(c.pages))
+	for n := range c.pages {
+		nums = append(nums, n)
+	}
+	slices.Sort(nums)
+	return nums
+}
+
+// tableRef is what the L1 tables say of one L2 table.
+type tableRef struct {
+	off format.HostOff
+	// weight is the number of L1 entries that point to it, active how many of those are in the active L1 table.
+	weight, active uint64
+	// index is the first entry of the active L1 table that does, if active is not 0.
+	index int64
+}
+
+// tableRefs collects references to L2 tables in memory proportional to the number of different tables.
+type tableRefs struct {
+	list   []tableRef
+	merged int // the length of list after the last merge
+}
+
+func (r *tableRefs) add(ref tableRef) {
+	if len(r.list) >= 2*r.merged+1<<16 {
+		r.merge()
+	}
+	r.list = append(r.list, ref)
+}
+
+// merge sorts the references by host offset and makes those to the same table one.
+func (r *tableRefs) merge() {
+	slices.SortFunc(r.list, func(a, b tableRef) int { return cmp.Compare(a.off, b.off) })
+	out := r.list[:0]
+	for _, ref := range r.list {
+		n := len(out)
+		if n == 0 || out[n-1].off != ref.off {
+			out = append(out, ref)
+			continue
+		}
+		last := &out[n-1]
+		if ref.active > 0 && (last.active == 0 || ref.index < last.index) {
+			last.index = ref.index
+		}
+		last.weight += ref.weight
+		last.active += ref.active
+	}
+	r.list, r.merged = out, len(out)
+}

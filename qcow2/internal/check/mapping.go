@@ -1,0 +1,293 @@
+package check
+
+import (
+	"errors"
+	"io"
+
+	"github.com/droverproject/drover/qcow2/internal/format"
+)
+
+// readSnapshots reads the snapshot table and returns its length too. It reads more of it as long as entries ask for
+// more, so that the number of entries that the header claims decides nothing.
+func (c *checker) readSnapshots() ([]format.Snapshot, int, error) {
+	if err := c.h.ValidateSnapshotPointer(); err != nil || c.h.SnapshotCount == 0 {
+		return nil, 0, err
+	}
+	const maxSize = format.MaxSnapshotTable + 256<<10 // with the entry that goes beyond the limit
+	size := int64(64 << 10)
+	for {
+		if err := c.ctx.Err(); err != nil {
+			return nil, 0, err
+		}
+		b, err := c.read(c.h.SnapshotsOffset, size)
+		if err != nil {
+			return nil, 0, err
+		}
+		list, n, err := format.ParseSnapshots(b, int(c.h.SnapshotCount), c.h)
+		if !errors.Is(err, io.ErrUnexpectedEOF) || size == maxSize {
+			return list, n, err
+		}
+		size = min(4*size, maxSize)
+	}
+}
+
+// walkActiveL1 counts the references of the active L1 table and checks its COPIED flags.
+func (c *checker) walkActiveL1() error {
+	n := uint64(c.h.L1Size) * 8
+	c.reference(c.h.L1Offset, n, 1)
+	err := c.words(c.h.L1Offset, n, func(first int64, words []uint64) error {
+		for i, w := range words {
+			if w != 0 {
+				c.l1Entry(format.L1Entry(w), first+int64(i), true, 1)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return c.failed("the active L1 table", c.h.L1Offset, err)
+	}
+	return nil
+}
+
+// l1Entry counts the reference of one L1 entry, which occurs times times. index is only known of the active L1 table.
+func (c *checker) l1Entry(e format.L1Entry, index int64, active bool, times uint64) {
+	p := place{host: e.Offset()}
+	if active {
+		p.guest, p.hasGuest = c.l.GuestOffset(index, 0), true
+	}
+	if e.Reserved() != 0 {
+		c.corrupt(times, p, "ERROR found L1 entry with reserved bits set: %x", uint64(e))
+	}
+	c.reference(e.Offset(), uint64(c.l.ClusterSize()), times)
+	if !c.l.Aligned(e.Offset()) {
+		c.corrupt(times, p, "ERROR l2_offset=%x: Table is not cluster aligned; L1 entry corrupted", e.Offset())
+	}
+	ref := tableRef{off: e.Offset(), weight: times}
+	if active {
+		c.checkL1Copied(e, index, p)
+		ref.active, ref.index = times, index
+	}
+	if c.inside(e.Offset(), 1) > 0 {
+		c.tables.add(ref)
+	}
+}
+
+func (c *checker) checkL1Copied(e format.L1Entry, index int64, p place) {
+	if e.Offset() == 0 {
+		return
+	}
+	if rc, ok := c.stored.get(c.l.Cluster(e.Offset())); ok && (rc == 1) != e.Copied() {
+		c.corrupt(1, p, "ERROR OFLAG_COPIED L2 cluster: l1_index=%d l1_entry=%x refcount=%d", index, uint64(e), rc)
+	}
+}
+
+// walkSnapshots counts the references of the snapshots' L1 tables. Those may overlap, or be the same.
+func (c *checker) walkSnapshots(list []format.Snapshot) error {
+	if c.l.DataFile && len(list) > 0 {
+		c.corrupt(1, at(c.h.SnapshotsOffset), "ERROR %d snapshots in image with data file", len(list))
+	}
+	var l1s tableSpans
+	for i := range list {
+		if s := &list[i]; c.checkSnapshotL1(s) && s.L1Size > 0 {
+			l1s.add(c, s.L1Offset, uint64(s.L1Size)*8)
+		}
+	}
+	return l1s.walk(c, "a snapshot's L1 table", func(w, weight uint64) {
+		if w != 0 {
+			c.l1Entry(format.L1Entry(w), 0, false, weight)
+		}
+	})
+}
+
+// checkSnapshotL1 reports a snapshot whose L1 table cannot be where and what its entry says, and one whose entry lacks
+// what version 3 requires.
+func (c *checker) checkSnapshotL1(s *format.Snapshot) bool {
+	p := at(s.L1Offset)
+	if c.l.Version >= format.Version3 && s.ExtraSize < format.MinSnapshotExtraV3 {
+		c.corrupt(1, p, "ERROR snapshot %.128q (%.256q): snapshot table entry is incomplete", s.ID, s.Name)
+	}
+	if !c.l.Aligned(s.L1Offset) {
+		c.corrupt(1, p, "ERROR snapshot %.128q (%.256q) l1_offset=%#x: L1 table is not cluster aligned; snapshot table "+
+			"entry corrupted", s.ID, s.Name, s.L1Offset)
+		return false
+	}
+	if s.L1Size > format.MaxL1Entries {
+		c.corrupt(1, p, "ERROR snapshot %.128q (%.256q) l1_size=%#x: L1 table is too large; snapshot table entry "+
+			"corrupted", s.ID, s.Name, s.L1Size)
+		return false
+	}
+	return true
+}
+
+// walkL2Tables reads each L2 table that something refers to, in the order of the file.
+func (c *checker) walkL2Tables() error {
+	c.tables.merge()
+	size := c.l.ClusterSize()
+	var (
+		buf       []byte
+		words     = make([]uint64, size/8)
+		unaligned int64
+	)
+	list := c.tables.list
+	for len(list) > 0 {
+		if err := c.ctx.Err(); err != nil {
+			return err
+		}
+		n, length := batch(list, size)
+		if cap(buf) < length {
+			buf = make([]byte, length)
+		}
+		if err := c.readInto(buf[:length], list[0].off); err != nil {
+			return c.failed("L2 table", list[0].off, err)
+		}
+		for i := range list[:n] {
+			ref := &list[i]
+			if !c.l.Aligned(ref.off) {
+				if unaligned += size; unaligned > c.fileSize+size {
+					continue
+				}
+			}
+			from := ref.off - list[0].off
+			format.DecodeTable(words, buf[from:int64(from)+size])
+			c.l2Table(words, ref)
+		}
+		list = list[n:]
+	}
+	return nil
+}
+
+// batch returns how many of the first tables are near enough to be read at once, and the length of that read.
+func batch(list []tableRef, size int64) (n, length int) {
+	const maxGap = 32 << 10
+	end := int64(list[0].off) + size
+	n = 1
+	for n < len(list) {
+		next := int64(list[n].off)
+		if next-end > maxGap || next+size-int64(list[0].off) > chunkBytes {
+			break
+		}
+		end = next + size
+		n++
+	}
+	return n, int(end - int64(list[0].off))
+}
+
+// l2Table checks the entries of an L2 table and counts their references.
+func (c *checker) l2Table(words []uint64, ref *tableRef) {
+	step := int(c.l.L2EntrySize() / 8)
+	t := tableWalk{checker: c, ref: ref}
+	for i := 0; i < len(words); i += step {
+		t.e = format.L2Entry(words[i])
+		t.b = 0
+		if step == 2 {
+			t.b = format.L2Bitmap(words[i+1])
+		}
+		if t.e == 0 && t.b == 0 {
+			continue
+		}
+		t.i = int64(i / step)
+		t.entry()
+	}
+}
+
+// tableWalk is the state of a walk over one L2 table.
+type tableWalk struct {
+	*checker
+	ref *tableRef
+	// next is the host offset that would continue the cluster before, 0 at the beginning.
+	next format.HostOff
+
+	i int64
+	e format.L2Entry
+	b format.L2Bitmap
+}
+
+func (t *tableWalk) place(host format.HostOff) place {
+	if t.ref.active == 0 {
+		return at(host)
+	}
+	return place{host: host, guest: t.l.GuestOffset(t.ref.index, t.i), hasGuest: true}
+}
+
+func (t *tableWalk) fault(message string, args ...any) {
+	t.corrupt(t.ref.weight, t.place(t.e.HostOffset()), message, args...)
+}
+
+// entry checks one entry by its type, and counts what it refers to.
+func (t *tableWalk) entry() {
+	if r := t.e.Reserved(); r != 0 {
+		t.fault("ERROR found l2 entry with reserved bits set: %x", uint64(t.e))
+	}
+	switch t.l.Type(t.e) {
+	case format.KindCompressed:
+		t.compressed()
+	case format.KindNormal, format.KindZeroAlloc:
+		t.data()
+	case format.KindUnallocated:
+		if t.b&format.BitmapAllAlloc != 0 {
+			t.fault("ERROR: Unallocated cluster has non-zero subcluster allocation map")
+		}
+	}
+}
+
+func (t *tableWalk) compressed() {
+	off, n := t.l.CompressedExtent(t.e)
+	if t.e.Copied() {
+		t.corrupt(t.ref.weight, t.place(off), "ERROR: coffset=0x%x: copied flag must never be set for compressed clusters",
+			off)
+	}
+	if t.l.DataFile {
+		t.corrupt(t.ref.weight, t.place(off), "ERROR compressed cluster %d with data file, entry=0x%x", t.i, uint64(t.e))
+		return
+	}
+	if t.b != 0 {
+		t.corrupt(t.ref.weight, t.place(off), "ERROR compressed cluster %d with non-zero subcluster allocation bitmap, "+
+			"entry=0x%x", t.i, uint64(t.e))
+		return
+	}
+	t.reference(off, uint64(n), t.ref.weight)
+	active := int64(t.ref.active)
+	t.rep.AllocatedClusters += active
+	t.rep.CompressedClusters += active
+	t.rep.FragmentedClusters += active // what shares sectors with its neighbours is never in one piece
+}
+
+func (t *tableWalk) data() {
+	off := t.e.HostOffset()
+	if t.ref.active > 0 {
+		t.checkCopied(off)
+	}
+	if t.b.Overlap() {
+		t.fault("ERROR offset=%x: Allocated cluster has corrupted subcluster allocation bitmap", off)
+	}
+	if !t.l.Aligned(off) {
+		what := "Data"
+		if t.l.ExtendedL2 && t.b&format.BitmapAllAlloc == 0 || t.l.Type(t.e) == format.KindZeroAlloc {
+			what = "Preallocated"
+		}
+		t.fault("ERROR offset=%x: %s cluster is not properly aligned; L2 entry corrupted.", off, what)
+	}
+	t.rep.AllocatedClusters += int64(t.ref.active)
+	if t.next != 0 && off != t.next {
+		t.rep.FragmentedClusters += int64(t.ref.active)
+	}
+	t.next = off + format.HostOff(t.l.ClusterSize())
+	if !t.l.DataFile {
+		t.reference(off, uint64(t.l.ClusterSize()), t.ref.weight)
+	}
+}
+
+// checkCopied checks the COPIED flag of an entry of the active tables against the stored refcount. Clusters of an
+// external data file count as referred to once.
+func (t *tableWalk) checkCopied(off format.HostOff) {
+	if t.ref.off == 0 {
+		return // the header, which an L1 entry of nothing but flags makes look like a table
+	}
+	rc, ok := uint64(1), true
+	if !t.l.DataFile {
+		rc, ok = t.stored.get(t.l.Cluster(off))
+	}
+	if ok && (rc == 1) != t.e.Copied() {
+		t.corrupt(t.ref.active, t.place(off), "ERROR OFLAG_COPIED data cluster: l2_entry=%x refcount=%d", uint64(t.e), rc)
+	}
+}

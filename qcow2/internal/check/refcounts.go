@@ -1,0 +1,212 @@
+package check
+
+import (
+	"bytes"
+
+	"github.com/droverproject/drover/qcow2/internal/format"
+)
+
+// storedRefcounts is the refcounts as the file has them.
+type storedRefcounts struct {
+	l     format.Layout
+	table []format.RefTableEntry // as far as it is in the file
+	// blocks holds the refcount blocks by host offset. A block that is named but not here is not in the file: zeroes.
+	blocks map[format.HostOff][]byte
+	// The block used last: lookups come in runs.
+	last    []byte
+	lastNum int64
+}
+
+// loadRefcountTable reads the refcount table and all blocks that are where a block can be.
+func (c *checker) loadRefcountTable() (*storedRefcounts, error) {
+	s := &storedRefcounts{l: c.l, blocks: make(map[format.HostOff][]byte), lastNum: -1}
+	n := uint64(c.h.RefTableLen) << c.l.ClusterBits
+	err := c.words(c.h.RefTableOffset, n, func(_ int64, words []uint64) error {
+		for _, w := range words {
+			s.table = append(s.table, format.RefTableEntry(w))
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, c.failed("the refcount table", c.h.RefTableOffset, err)
+	}
+	for _, e := range s.table {
+		off := e.Offset()
+		if off == 0 || s.blocks[off] != nil || !c.l.Aligned(off) || c.inside(off, 1) == 0 {
+			continue
+		}
+		if err := c.ctx.Err(); err != nil {
+			return nil, err
+		}
+		block, err := c.read(off, c.l.ClusterSize())
+		if err != nil {
+			return nil, c.failed("refcount block", off, err)
+		}
+		s.blocks[off] = block
+	}
+	return s, nil
+}
+
+// block returns the refcount block of that number, nil if all its refcounts are 0. It reports false if the refcount
+// table has nonsense there, so that the refcounts cannot be known. A block behind the end of the file is all zeroes.
+func (s *storedRefcounts) block(num int64) ([]byte, bool) {
+	if num >= int64(len(s.table)) {
+		return nil, true
+	}
+	off := s.table[num].Offset()
+	if off == 0 {
+		return nil, true
+	}
+	return s.blocks[off], s.l.Aligned(off) && off <= maxFileOffset
+}
+
+// maxFileOffset is the end of the longest file that QEMU reads.
+const maxFileOffset format.HostOff = 1<<63 - 1<<30
+
+// get returns the stored refcount of a cluster.
+func (s *storedRefcounts) get(i format.ClusterIdx) (uint64, bool) {
+	num := s.l.RefTableIndex(i)
+	if num != s.lastNum || s.last == nil {
+		block, ok := s.block(num)
+		if block == nil {
+			return 0, ok
+		}
+		s.last, s.lastNum = block, num
+	}
+	return s.l.Refcount(s.last, s.l.RefBlockIndex(i)), true
+}
+
+// walkRefcountTable counts the references to the refcount blocks. All other references have been counted, so that a
+// block that is anything else besides shows here.
+func (c *checker) walkRefcountTable() error {
+	for i, e := range c.stored.table {
+		off := e.Offset()
+		p := at(off)
+		switch {
+		case e.Reserved() != 0:
+			c.corrupt(1, p, "ERROR refcount table entry %d has reserved bits set", i)
+		case !c.l.Aligned(off):
+			c.corrupt(1, p, "ERROR refcount block %d is not cluster aligned; refcount table entry corrupted", i)
+		case uint64(c.l.Cluster(off)) >= c.clusters:
+			c.corrupt(1, p, "ERROR refcount block %d is outside image", i)
+		case off == 0:
+			continue
+		default:
+			c.reference(off, uint64(c.l.ClusterSize()), 1)
+			n := c.refs.get(c.l.Cluster(off))
+			if n == 1 {
+				continue
+			}
+			c.corrupt(1, p, "ERROR refcount block %d refcount=%d", i, n)
+		}
+		c.rep.Rebuild = true
+	}
+	return nil
+}
+
+// compare compares the stored refcounts with the references found. It looks only at pages that have references or a
+// refcount block: everything else is 0 on both sides.
+func (c *checker) compare() error {
+	var pages []span
+	for _, n := range c.refs.pageNumbers() {
+		pages = append(pages, span{n, n + 1})
+	}
+	perBlock := uint64(c.l.RefcountsPerBlock())
+	for num, e := range c.stored.table {
+		lo := uint64(num) * perBlock
+		if lo >= c.clusters {
+			break
+		}
+		if e.Offset() != 0 {
+			hi := min(lo+perBlock, c.clusters)
+			pages = append(pages, span{lo / pageClusters, (hi-1)/pageClusters + 1})
+		}
+	}
+	return sweep(pages, func(lo, hi, _ uint64) error {
+		for page := lo; page < hi; page++ {
+			if err := c.ctx.Err(); err != nil {
+				return err
+			}
+			c.comparePage(page)
+		}
+		return nil
+	})
+}
+
+// comparePage compares the clusters that share a page of counts, block by block.
+func (c *checker) comparePage(page uint64) {
+	end := min((page+1)*pageClusters, c.clusters)
+	counted := c.refs.pages[page]
+	for lo := page * pageClusters; lo < end; {
+		num := c.l.RefTableIndex(format.ClusterIdx(lo))
+		hi := min(end, uint64(num+1)*uint64(c.l.RefcountsPerBlock()))
+		block, ok := c.stored.block(num)
+		switch {
+		case !ok:
+			c.unknownRefcounts(lo, hi)
+		case counted != nil || !c.allZero(block, lo, hi):
+			c.compareBlock(block, counted, lo, hi)
+		}
+		lo = hi
+	}
+}
+
+// unknownRefcounts reports clusters whose refcounts cannot be found.
+func (c *checker) unknownRefcounts(lo, hi uint64) {
+	for i := format.ClusterIdx(lo); i < format.ClusterIdx(hi); i++ {
+		c.found(Failure, 1, at(c.l.Offset(i)), "Can't get refcount for cluster %d: Input/output error", i)
+	}
+}
+
+// compareBlock compares clusters [lo, hi), which share a page of counts and a refcount block; either may be nil.
+func (c *checker) compareBlock(block []byte, counted *countPage, lo, hi uint64) {
+	for i := format.ClusterIdx(lo); i < format.ClusterIdx(hi); i++ {
+		var stored, found uint64
+		if block != nil {
+			stored = c.l.Refcount(block, c.l.RefBlockIndex(i))
+		}
+		if counted != nil {
+			found = c.refs.inPage(counted, i)
+		}
+		if stored > 0 || found > 0 {
+			c.rep.ImageEndOffset = int64(i+1) << c.l.ClusterBits // pages come in ascending order
+		}
+		if stored != found {
+			c.differ(i, stored, found)
+		}
+	}
+}
+
+var zeroes [4096]byte
+
+// allZero reports, if that is easily told, whether the refcounts [lo, hi) of a block are all 0.
+func (c *checker) allZero(block []byte, lo, hi uint64) bool {
+	if block == nil {
+		return true
+	}
+	bits := uint64(c.l.RefcountBits())
+	first := uint64(c.l.RefBlockIndex(format.ClusterIdx(lo))) * bits
+	last := first + (hi-lo)*bits
+	if first%8 != 0 || last%8 != 0 {
+		return false
+	}
+	for b := block[first/8 : last/8]; len(b) > 0; {
+		n := min(len(b), len(zeroes))
+		if !bytes.Equal(b[:n], zeroes[:n]) {
+			return false
+		}
+		b = b[n:]
+	}
+	return true
+}
+
+// differ reports a stored refcount that is not the number of references found.
+func (c *checker) differ(i format.ClusterIdx, stored, found uint64) {
+	p := at(c.l.Offset(i))
+	if stored > found {
+		c.found(Leak, 1, p, "Leaked cluster %d refcount=%d reference=%d", i, stored, found)
+		return
+	}
+	c.corrupt(1, p, "ERROR cluster %d refcount=%d reference=%d", i, stored, found)
+	c.rep.Rebuild = c.rep.Rebuild || stored == 0
+}
