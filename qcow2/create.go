@@ -1,0 +1,287 @@
+package qcow2
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/bits"
+
+	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/qcow2/internal/meta"
+	"github.com/droverproject/drover/storage"
+)
+
+// Compression types of CreateOptions.
+const (
+	CompressionZlib = format.CompressionZlib
+	CompressionZstd = format.CompressionZstd
+)
+
+// Preallocation says how much of a new image is allocated at once.
+type Preallocation uint8
+
+const (
+	// PreallocOff allocates nothing.
+	PreallocOff Preallocation = iota
+	// PreallocMetadata maps every cluster, so that later writes change no metadata; the file is sparse.
+	PreallocMetadata
+	// PreallocFalloc reserves the host space as well.
+	PreallocFalloc
+	// PreallocFull writes zeroes to all of it.
+	PreallocFull
+)
+
+// CreateOptions describe a new image. The zero value of each field but Size is QEMU's default.
+type CreateOptions struct {
+	Size            int64 // bytes, rounded up to whole sectors
+	ClusterSize     int64 // a power of two from 512 to 2 MiB; 0: 64 KiB
+	Version         int   // 2 (compat 0.10) or 3 (compat 1.1); 0: 3
+	RefcountBits    int   // a power of two from 1 to 64; 0: 16
+	LazyRefcounts   bool
+	ExtendedL2      bool
+	CompressionType format.CompressionType
+	BackingFile     string // stored as it is
+	BackingFormat   string
+	Preallocation   Preallocation
+}
+
+// ErrInvalidOption is wrapped by every error of Create that the caller's options cause.
+var ErrInvalidOption = errors.New("invalid option")
+
+func invalid(f string, args ...any) error {
+	return fmt.Errorf("%w: %s", ErrInvalidOption, fmt.Sprintf(f, args...))
+}
+
+// Create writes a new, empty image into file, which it truncates. The caller has locked the file. The header is written
+// last and synced: a crash leaves a file that is no image, or a whole one.
+func Create(ctx context.Context, file storage.File, o CreateOptions) error {
+	h, err := newHeader(o)
+	if err != nil {
+		return err
+	}
+	plan, err := planImage(h)
+	if err != nil {
+		return err
+	}
+	head, err := h.Marshal()
+	if err != nil {
+		return fmt.Errorf("making the header: %w", err)
+	}
+	if err := writeEmpty(file, h, plan, head); err != nil {
+		return err
+	}
+	if o.Preallocation == PreallocOff {
+		return nil
+	}
+	return preallocate(ctx, file, o)
+}
+
+// newHeader checks the options and makes a header of them, without the places of the tables.
+func newHeader(o CreateOptions) (*format.Header, error) {
+	cs := or(o.ClusterSize, 64<<10)
+	version := uint32(or(int64(o.Version), int64(format.Version3)))
+	refBits := int(or(int64(o.RefcountBits), 16))
+	size := (o.Size + format.SectorSize - 1) &^ (format.SectorSize - 1)
+	v3only := func(yes bool, what string) error {
+		if yes && version < format.Version3 {
+			return invalid("%s needs compatibility level 1.1 and above (version 3)", what)
+		}
+		return nil
+	}
+	switch {
+	case version != format.Version2 && version != format.Version3:
+		return nil, invalid("version %d: only 2 and 3 exist", o.Version)
+	case o.Size < 0 || size < o.Size:
+		return nil, invalid("size %d", o.Size)
+	case cs&(cs-1) != 0 || cs < 1<<format.MinClusterBits || cs > 1<<format.MaxClusterBits:
+		return nil, invalid("cluster size %d: must be a power of two between 512 and 2M", cs)
+	case refBits < 1 || refBits > 64 || refBits&(refBits-1) != 0:
+		return nil, invalid("refcount width %d: must be a power of two and may not exceed 64 bits", refBits)
+	case o.ExtendedL2 && cs < 1<<format.MinExtendedL2ClusterBits:
+		return nil, invalid("extended L2 entries need a cluster size of at least 16k")
+	case len(o.BackingFile) > format.MaxBackingName:
+		return nil, invalid("backing file name is longer than %d bytes", format.MaxBackingName)
+	case len(o.BackingFormat) > format.MaxBackingFormat:
+		return nil, invalid("backing format name is longer than %d bytes", format.MaxBackingFormat)
+	case o.BackingFile != "" && o.Preallocation != PreallocOff:
+		return nil, invalid("backing file and preallocation can only be used at the same time if extended_l2 is enabled")
+	case o.ExtendedL2 && o.Preallocation != PreallocOff:
+		return nil, invalid("preallocation with extended L2 entries is not available in this version")
+	}
+	if err := errors.Join(v3only(refBits != 16, "a refcount width other than 16 bits"), v3only(o.LazyRefcounts, "lazy refcounts"),
+		v3only(o.ExtendedL2, "extended L2 entries"), v3only(o.CompressionType != CompressionZlib, "a compression type other than zlib")); err != nil {
+		return nil, err
+	}
+	h := &format.Header{
+		Version: version, ClusterBits: uint32(bits.Len64(uint64(cs)) - 1), Size: uint64(size),
+		RefcountOrder: uint32(bits.Len(uint(refBits)) - 1), CompressionType: o.CompressionType,
+		BackingFile: o.BackingFile, BackingFormat: o.BackingFormat, HasBackingFormat: o.BackingFormat != "",
+	}
+	if o.LazyRefcounts {
+		h.Compat |= format.CompatLazyRefcounts
+	}
+	if o.ExtendedL2 {
+		h.Incompat |= format.IncompatExtL2
+	}
+	if o.CompressionType != CompressionZlib {
+		h.Incompat |= format.IncompatCompression
+	}
+	if version >= format.Version3 && cs > 4096 { // in a smaller cluster the table would leave no room for anything else
+		h.FeatureNames = format.DefaultFeatureNames()
+	}
+	return h, nil
+}
+
+// imagePlan says how many clusters of each kind an empty image has. They follow the header in this order.
+type imagePlan struct{ refTable, refBlocks, l1 int64 }
+
+func (p imagePlan) total() int64 { return 1 + p.refTable + p.refBlocks + p.l1 }
+
+// planImage lays an empty image out and puts the places into the header.
+func planImage(h *format.Header) (imagePlan, error) {
+	lay := h.Layout()
+	l1, err := lay.L1EntriesFor(int64(h.Size))
+	if err != nil {
+		return imagePlan{}, invalid("%v", err)
+	}
+	p := imagePlan{refTable: 1, refBlocks: 1, l1: lay.ClustersFor(l1 * 8)}
+	for {
+		blocks := (p.total() + lay.RefcountsPerBlock() - 1) / lay.RefcountsPerBlock()
+		table := lay.ClustersFor(blocks * 8)
+		if blocks <= p.refBlocks && table <= p.refTable {
+			break
+		}
+		p.refBlocks, p.refTable = max(blocks, p.refBlocks), max(table, p.refTable)
+	}
+	h.RefTableOffset, h.RefTableLen = lay.Offset(1), uint32(p.refTable)
+	h.L1Offset, h.L1Size = lay.Offset(format.ClusterIdx(1+p.refTable+p.refBlocks)), uint32(l1)
+	return p, nil
+}
+
+// writeEmpty writes the tables, then, when they are durable, the header that makes them an image.
+func writeEmpty(file storage.File, h *format.Header, p imagePlan, head []byte) error {
+	lay := h.Layout()
+	if err := file.Truncate(0); err != nil {
+		return fmt.Errorf("emptying the file: %w", err)
+	}
+	table := make([]byte, p.refTable*lay.ClusterSize())
+	for i := range p.refBlocks {
+		e := format.EncodeUint64(uint64(format.MakeRefTable(lay.Offset(format.ClusterIdx(1 + p.refTable + i)))))
+		copy(table[i*8:], e[:])
+	}
+	if err := writeFull(file, table, int64(h.RefTableOffset)); err != nil {
+		return fmt.Errorf("writing refcount table: %w", err)
+	}
+	block := make([]byte, lay.ClusterSize())
+	for i := range p.refBlocks {
+		clear(block)
+		for k := range min(lay.RefcountsPerBlock(), p.total()-i*lay.RefcountsPerBlock()) {
+			lay.SetRefcount(block, k, 1)
+		}
+		if err := writeFull(file, block, int64(lay.Offset(format.ClusterIdx(1+p.refTable+i)))); err != nil {
+			return fmt.Errorf("writing refcount block: %w", err)
+		}
+	}
+	// The L1 table is all zeroes: the file's length alone makes it.
+	if err := file.Truncate(int64(h.L1Offset) + int64(h.L1Size)*8); err != nil {
+		return fmt.Errorf("extending the file over the L1 table: %w", err)
+	}
+	if file.Stat().Device {
+		if err := zeroDevice(file, int64(h.L1Offset), int64(h.L1Size)*8); err != nil {
+			return fmt.Errorf("writing L1 table: %w", err)
+		}
+	}
+	if err := file.Sync(); err != nil {
+		return fmt.Errorf("syncing image file: %w", err)
+	}
+	if err := writeFull(file, head, 0); err != nil {
+		return fmt.Errorf("writing header: %w", err)
+	}
+	if err := file.Sync(); err != nil {
+		return fmt.Errorf("syncing image file: %w", err)
+	}
+	return nil
+}
+
+// zeroDevice writes zeroes where a file's length cannot stand for them.
+func zeroDevice(file storage.File, off, n int64) error {
+	for n > 0 {
+		part := min(n, int64(len(zeroChunk)))
+		if err := writeFull(file, zeroChunk[:part], off); err != nil {
+			return err
+		}
+		off, n = off+part, n-part
+	}
+	return nil
+}
+
+// preallocate maps every cluster of the new image in file and makes room for it on the host.
+func preallocate(ctx context.Context, file storage.File, o CreateOptions) error {
+	im, err := Open(ctx, file, Options{})
+	if err != nil {
+		return fmt.Errorf("preallocating: %w", err)
+	}
+	// The file stays the caller's: the image is flushed and left, not closed.
+	if err := im.mapAll(ctx, o.Preallocation); err != nil {
+		return fmt.Errorf("preallocating: %w", err)
+	}
+	if err := im.meta.Settle(ctx); err != nil {
+		return fmt.Errorf("preallocating: %w", err)
+	}
+	return nil
+}
+
+// mapAll gives every guest cluster a host cluster that reads as zeroes.
+func (im *Image) mapAll(ctx context.Context, mode Preallocation) error {
+	end := meta.GuestCluster((im.size + im.lay.ClusterSize() - 1) >> im.lay.ClusterBits)
+	for c := meta.GuestCluster(0); c < end; {
+		if err := im.meta.Pressure(ctx); err != nil {
+			return err
+		}
+		n, err := im.mapRun(c, int64(end-c), mode)
+		if err != nil {
+			return err
+		}
+		c += meta.GuestCluster(n)
+	}
+	return nil
+}
+
+func (im *Image) mapRun(c meta.GuestCluster, n int64, mode Preallocation) (int64, error) {
+	edit, err := im.meta.Map.Prepare(c)
+	if err != nil {
+		return 0, err
+	}
+	defer edit.Done()
+	run, _, err := im.meta.Refs.Alloc(min(n, edit.N))
+	if err != nil {
+		return 0, err
+	}
+	host, length := im.lay.Offset(run.First), run.N<<im.lay.ClusterBits
+	if err := im.reserve(int64(host), length, mode); err != nil {
+		return 0, errors.Join(err, im.meta.Refs.Release(run))
+	}
+	edit.Put(0, run.N, func(k int64, _ format.L2Entry) format.L2Entry {
+		return format.MakeL2(host+format.HostOff(k<<im.lay.ClusterBits), true)
+	})
+	im.meta.Wrote()
+	return run.N, nil
+}
+
+// reserve makes the host ready for length bytes of zeroes at host.
+func (im *Image) reserve(host, length int64, mode Preallocation) error {
+	switch mode {
+	case PreallocFull:
+		return zeroDevice(im.file, host, length)
+	case PreallocFalloc:
+		if err := im.file.Preallocate(host, length); err != nil {
+			return fmt.Errorf("reserving %d bytes at host offset %#x: %w", length, host, err)
+		}
+		return nil
+	}
+	size, err := im.file.Size()
+	if err != nil || size >= host+length || im.file.Stat().Device {
+		return err
+	}
+	return im.file.Truncate(host + length)
+}

@@ -1,0 +1,113 @@
+package qcow2
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/qcow2/internal/meta"
+)
+
+// Extents tells where the bytes of [off, off+n) come from, see block.Device.
+func (im *Image) Extents(ctx context.Context, off, n int64, fn func(block.Extent) bool) error {
+	if err := block.CheckRange(off, n, im.size); err != nil {
+		return err
+	}
+	t, err := im.enter()
+	if err != nil {
+		return err
+	}
+	defer im.meta.Epochs.Exit(t)
+	for n > 0 {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		run, in, err := im.lookup(off, n, true)
+		if err != nil {
+			return fmt.Errorf("looking up guest offset %#x: %w", off, err)
+		}
+		length := min(n, run.N<<im.lay.ClusterBits-in)
+		more, err := im.runExtents(ctx, off, length, in, run, fn)
+		if err != nil || !more {
+			return err
+		}
+		off, n = off+length, n-length
+	}
+	return nil
+}
+
+// runExtents reports one run, in bytes into its first cluster.
+func (im *Image) runExtents(ctx context.Context, off, n, in int64, run meta.Run, fn func(block.Extent) bool) (bool, error) {
+	if !im.lay.ExtendedL2 || run.Kind == format.KindCompressed || run.N > 1 {
+		return im.kindExtents(ctx, off, n, in, run.Entry, wholeKind(run.Kind), fn)
+	}
+	size := im.lay.SubclusterSize()
+	for n > 0 {
+		i := int(in / size)
+		kind := im.lay.SubKind(run.Entry, run.Bitmap, i)
+		part := min(n, int64(i+1)*size-in)
+		more, err := im.kindExtents(ctx, off, part, in, run.Entry, kind, fn)
+		if err != nil || !more {
+			return more, err
+		}
+		off, n, in = off+part, n-part, in+part
+	}
+	return true, nil
+}
+
+func wholeKind(k format.L2Kind) format.SubclusterKind {
+	switch k {
+	case format.KindNormal:
+		return format.SubNormal
+	case format.KindZeroPlain:
+		return format.SubZeroPlain
+	case format.KindZeroAlloc:
+		return format.SubZeroAlloc
+	case format.KindCompressed:
+		return format.SubCompressed
+	}
+	return format.SubUnallocated
+}
+
+func (im *Image) kindExtents(ctx context.Context, off, n, in int64, e format.L2Entry, kind format.SubclusterKind,
+	fn func(block.Extent) bool) (bool, error) {
+	x := block.Extent{Off: off, Len: n, Allocated: true}
+	switch kind {
+	case format.SubUnallocated, format.SubReserved:
+		return im.backingExtents(ctx, off, n, fn)
+	case format.SubNormal:
+		x.Data, x.HasHost, x.Host, x.File = true, true, int64(e.HostOffset())+in, im.data.Stat().Name
+	case format.SubCompressed:
+		x.Data, x.Compressed = true, true
+	case format.SubZeroAlloc:
+		x.Zero, x.HasHost, x.Host, x.File = true, true, int64(e.HostOffset())+in, im.data.Stat().Name
+	default:
+		x.Zero = true
+	}
+	return fn(x), nil
+}
+
+// backingExtents reports what the devices below say of a range that this image does not allocate.
+func (im *Image) backingExtents(ctx context.Context, off, n int64, fn func(block.Extent) bool) (bool, error) {
+	if im.backing == nil {
+		return fn(block.Extent{Off: off, Len: n, Zero: true}), nil
+	}
+	more := true
+	if inside := min(n, im.backing.Size()-off); inside > 0 {
+		err := im.backing.Extents(ctx, off, inside, func(x block.Extent) bool {
+			x.Depth++
+			more = fn(x)
+			return more
+		})
+		if err != nil || !more {
+			return false, err
+		}
+		off, n = off+inside, n-inside
+	}
+	if n == 0 {
+		return true, nil
+	}
+	// Behind the end of the backing device its layer decides: zeroes, as if allocated there.
+	return fn(block.Extent{Off: off, Len: n, Depth: 1, Allocated: true, Zero: true}), nil
+}

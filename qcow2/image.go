@@ -1,0 +1,360 @@
+package qcow2
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/qcow2/internal/meta"
+	"github.com/droverproject/drover/storage"
+)
+
+// Default bounds of an image's caches, in bytes.
+const (
+	DefaultCacheSize        = 32 << 20
+	DefaultClusterCacheSize = 16 << 20
+)
+
+// Options say how an image is opened.
+type Options struct {
+	// Name is used in messages and in extents; empty means the file's own name.
+	Name     string
+	ReadOnly bool
+	// Backing is what unallocated clusters read from; nil means zeroes. The image owns it and closes it.
+	Backing block.Device
+	// DataFile is the external data file, for images that have one. The image owns it and closes it.
+	DataFile storage.File
+	// CacheSize bounds the cache of L2 tables, ClusterCacheSize that of decompressed clusters; 0 means the default.
+	CacheSize, ClusterCacheSize int64
+}
+
+// Image is an open QCOW2 image, a block.Device.
+type Image struct {
+	name    string
+	file    storage.File
+	data    storage.File // where guest clusters lie: file, or the external data file
+	nowait  storage.NowaitReader
+	backing block.Device
+	hdr     *format.Header
+	lay     format.Layout
+	size    int64
+
+	readOnly bool
+	meta     *meta.Store
+	clusters *clusterCache
+	cow      sync.Pool // *[]byte, two clusters long
+
+	life sync.RWMutex // held for reading by flushes, for writing by the end of Close
+}
+
+var (
+	_ block.Device    = (*Image)(nil)
+	_ block.TryDevice = (*Image)(nil)
+)
+
+func init() {
+	block.RegisterFormat(block.Format{Name: "qcow2", Probe: Probe, Open: openFormat})
+}
+
+// Probe reports whether the first 512 bytes of a file are those of a QCOW2 image.
+func Probe(head []byte) bool {
+	return len(head) >= 8 && binary.BigEndian.Uint32(head) == format.Magic && binary.BigEndian.Uint32(head[4:]) >= format.Version2
+}
+
+// openFormat opens an image for block.Open: the files it names are opened through the caller's policy.
+func openFormat(ctx context.Context, file storage.File, o block.FormatOptions) (block.Device, error) {
+	hdr, err := readHeader(file)
+	if err != nil {
+		return nil, err
+	}
+	opts := Options{Name: o.Name, ReadOnly: o.ReadOnly}
+	if opts.CacheSize, err = cacheSize(o.Options); err != nil {
+		return nil, err
+	}
+	if hdr.Incompat&format.IncompatDataFile != 0 {
+		if opts.DataFile, err = o.OpenDataFile(ctx, hdr.DataFileName); err != nil {
+			return nil, fmt.Errorf("opening the external data file of %s: %w", o.Name, err)
+		}
+	}
+	if hdr.BackingFile != "" {
+		if opts.Backing, err = o.OpenBacking(ctx, hdr.BackingFile, hdr.BackingFormat); err != nil {
+			closeAll(opts)
+			return nil, fmt.Errorf("opening the backing file of %s: %w", o.Name, err)
+		}
+	}
+	im, err := Open(ctx, file, opts)
+	if err != nil {
+		closeAll(opts)
+		return nil, err
+	}
+	return im, nil
+}
+
+func closeAll(o Options) {
+	if o.DataFile != nil {
+		_ = o.DataFile.Close()
+	}
+	if o.Backing != nil {
+		_ = o.Backing.Close()
+	}
+}
+
+func cacheSize(o map[string]string) (int64, error) {
+	v, ok := o["l2-cache-size"]
+	if !ok {
+		return 0, nil
+	}
+	n, err := block.ParseSize(v)
+	if err != nil || n <= 0 {
+		return 0, fmt.Errorf("l2-cache-size=%s is not a size", v)
+	}
+	return n, nil
+}
+
+// Open opens the image in file. On success the image owns the file, the backing device and the data file; on failure
+// they stay the caller's. An unknown incompatible feature is an *UnsupportedError; an image that this package reads but
+// does not write is a *ReadOnlyError unless opened with ReadOnly. The caller has locked the file.
+func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
+	hdr, err := readHeader(file)
+	if err != nil {
+		return nil, err
+	}
+	im := &Image{name: o.Name, file: file, data: file, backing: o.Backing, hdr: hdr, lay: hdr.Layout(), size: hdr.DiskSize(),
+		readOnly: o.ReadOnly}
+	if im.name == "" {
+		im.name = file.Stat().Name
+	}
+	if err := im.refuse(o); err != nil {
+		return nil, err
+	}
+	if o.DataFile != nil {
+		im.data = o.DataFile
+	}
+	im.nowait, _ = im.data.(storage.NowaitReader)
+	cs := int(im.lay.ClusterSize())
+	im.cow.New = func() any { b := make([]byte, 2*cs); return &b }
+	im.clusters = newClusterCache(or(o.ClusterCacheSize, DefaultClusterCacheSize), int64(cs))
+	if err := im.openMeta(o); err != nil {
+		return nil, err
+	}
+	if !im.readOnly {
+		if err := im.clearUnknownAutoclear(); err != nil {
+			return nil, err
+		}
+	}
+	return im, nil
+}
+
+func or(v, def int64) int64 {
+	if v == 0 {
+		return def
+	}
+	return v
+}
+
+// readHeader reads and validates the header area: at most one cluster.
+func readHeader(file storage.File) (*format.Header, error) {
+	head := make([]byte, storage.SectorSize)
+	if err := readFull(file, head, 0); err != nil {
+		return nil, fmt.Errorf("reading header: %w", err)
+	}
+	n, err := format.HeaderArea(head)
+	if err != nil {
+		return nil, err
+	}
+	area := make([]byte, n)
+	if err := readFull(file, area, 0); err != nil {
+		return nil, fmt.Errorf("reading header: %w", err)
+	}
+	return format.ParseHeader(area)
+}
+
+// refuse returns why the image cannot be opened as asked.
+func (im *Image) refuse(o Options) error {
+	h := im.hdr
+	if h.CryptMethod != format.CryptNone {
+		return errors.New("image is encrypted: encryption is not available in this version")
+	}
+	if h.Incompat&format.IncompatDataFile != 0 && o.DataFile == nil {
+		return errors.New("image keeps its data in an external data file, which was not given")
+	}
+	if o.ReadOnly {
+		return nil
+	}
+	var why []string
+	for _, c := range []struct {
+		yes bool
+		why string
+	}{
+		{file(im).ReadOnly, "the file is read-only"},
+		{h.Incompat&format.IncompatDirty != 0, "it was not closed cleanly and its refcounts must be repaired first (qemu-img check -r all)"},
+		{h.Incompat&format.IncompatCorrupt != 0, "it is marked corrupt"},
+		{h.Incompat&format.IncompatDataFile != 0, "writing an external data file is not available in this version"},
+		{h.Incompat&format.IncompatExtL2 != 0, "writing extended L2 entries is not available in this version"},
+		{h.Bitmaps != nil, "it has dirty bitmaps, and maintaining them is not available in this version"},
+	} {
+		if c.yes {
+			why = append(why, c.why)
+		}
+	}
+	if why != nil {
+		return &ReadOnlyError{why}
+	}
+	return nil
+}
+
+func file(im *Image) storage.Info { return im.file.Stat() }
+
+func (im *Image) openMeta(o Options) error {
+	h := im.hdr
+	c := meta.Config{
+		File: im.file, Layout: im.lay, Writable: !im.readOnly,
+		L1Off: h.L1Offset, L1Len: int64(h.L1Size),
+		RefTableOff: h.RefTableOffset, RefTableLen: int64(h.RefTableLen),
+		SnapshotsOff: h.SnapshotsOffset,
+		CacheBytes:   or(o.CacheSize, DefaultCacheSize),
+		OnFree:       func(r meta.ClusterRun) { im.clusters.drop(im.lay, r) },
+	}
+	if !im.readOnly && h.SnapshotCount > 0 {
+		_, n, err := readSnapshots(im.file, h)
+		if err != nil {
+			return err
+		}
+		c.SnapshotsSize = n
+	}
+	var err error
+	im.meta, err = meta.Open(c)
+	return err
+}
+
+// readSnapshots reads the snapshot table and returns its entries and its length in bytes.
+func readSnapshots(f storage.File, h *format.Header) ([]format.Snapshot, int64, error) {
+	if h.SnapshotCount == 0 {
+		return nil, 0, nil
+	}
+	if err := h.ValidateSnapshotPointer(); err != nil {
+		return nil, 0, err
+	}
+	size, err := f.Size()
+	if err != nil {
+		return nil, 0, fmt.Errorf("size of image file: %w", err)
+	}
+	most := min(size-int64(h.SnapshotsOffset), format.MaxSnapshotTable)
+	for n := int64(64 << 10); ; n *= 4 {
+		n = max(min(n, most), 0)
+		b := make([]byte, n)
+		if err := readFull(f, b, int64(h.SnapshotsOffset)); err != nil {
+			return nil, 0, fmt.Errorf("reading snapshot table at host offset %#x: %w", h.SnapshotsOffset, err)
+		}
+		list, used, err := format.ParseSnapshots(b, int(h.SnapshotCount), h)
+		if err == nil {
+			return list, int64(used), nil
+		}
+		if n >= most {
+			return nil, 0, fmt.Errorf("reading snapshot table at host offset %#x: %w", h.SnapshotsOffset, err)
+		}
+	}
+}
+
+// clearUnknownAutoclear clears the autoclear bits of features this package does not maintain, before the first write
+// makes them untrue. One aligned field: a power cut leaves it old or new.
+func (im *Image) clearUnknownAutoclear() error {
+	if im.hdr.Version < format.Version3 || im.hdr.Autoclear&^format.AutoclearKnown == 0 {
+		return nil
+	}
+	im.hdr.Autoclear &= format.AutoclearKnown
+	b := format.EncodeUint64(im.hdr.Autoclear)
+	if err := writeFull(im.file, b[:], format.OffAutoclear); err != nil {
+		return fmt.Errorf("clearing autoclear features in the header: %w", err)
+	}
+	if err := im.file.Sync(); err != nil {
+		return fmt.Errorf("syncing image file: %w", err)
+	}
+	return nil
+}
+
+// Size returns the length of the disk in bytes.
+func (im *Image) Size() int64 { return im.size }
+
+// Info tells what the device can do.
+func (im *Image) Info() block.Info {
+	cs := int(im.lay.ClusterSize())
+	return block.Info{
+		Format: "qcow2", Name: im.name, ReadOnly: im.readOnly,
+		MinAlign: 1, PreferAlign: max(4096, min(cs, 64<<10)), DiscardAlign: cs,
+		FastZero: im.lay.Version >= format.Version3, Volatile: true,
+	}
+}
+
+// Flush makes every change that had returned before the call durable, data and metadata.
+func (im *Image) Flush(ctx context.Context) error {
+	im.life.RLock()
+	defer im.life.RUnlock()
+	t, err := im.enter()
+	if err != nil {
+		return err
+	}
+	// The ticket is given back before the flush: a flush waits for no request, and frees what it unlinked only when
+	// every request that began before has ended.
+	im.meta.Epochs.Exit(t)
+	return im.meta.Flush(ctx)
+}
+
+// enter begins a request.
+func (im *Image) enter() (meta.Ticket, error) {
+	t, err := im.meta.Epochs.Enter()
+	if err != nil {
+		return t, block.ErrClosed
+	}
+	return t, nil
+}
+
+// Close waits for the requests running, makes everything durable and closes the files below, whatever fails. The error
+// is the first that happened.
+func (im *Image) Close() error {
+	if !im.meta.Epochs.Close() {
+		return block.ErrClosed
+	}
+	err := im.meta.Settle(context.Background())
+	im.life.Lock()
+	defer im.life.Unlock()
+	errs := []error{err, im.file.Close()}
+	if im.data != im.file {
+		errs = append(errs, im.data.Close())
+	}
+	if im.backing != nil {
+		errs = append(errs, im.backing.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Backing returns the device below, nil when there is none.
+func (im *Image) Backing() block.Device { return im.backing }
+
+func readFull(f storage.File, p []byte, off int64) error {
+	n, err := f.ReadAt(p, off)
+	if n == len(p) {
+		return nil
+	}
+	if errors.Is(err, io.EOF) {
+		clear(p[n:]) // an image file may end anywhere; behind its end it reads as zeroes
+		return nil
+	}
+	if err == nil {
+		err = io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+func writeFull(f storage.File, p []byte, off int64) error {
+	n, err := f.WriteAt(p, off)
+	if err == nil && n != len(p) {
+		err = io.ErrShortWrite
+	}
+	return err
+}

@@ -1,0 +1,498 @@
+// Package meta keeps a QCOW2 image's metadata in memory and on disk in step: the guest-to-host mapping, the refcounts, and
+// the flush pipeline between them and the disk.
+//
+// # Model
+//
+// A [Store] belongs to one open image. [Mapping] answers where a guest cluster lies, without locks. [Refcounts] hands
+// out host clusters and takes them back. [Ranges] holds the guest ranges whose mapping is being changed. [Epochs] knows
+// which requests are running. A change of the mapping follows one shape:
+//
+//	hold a Range · Prepare the slice · Alloc clusters · write data to them · Put the entries · Retire what they replaced
+//
+// Every step before Put can fail and be undone without a trace; Put and Retire cannot fail.
+//
+// # The flush pipeline
+//
+// Put changes memory only. [Store.Flush] is the only way those changes reach the disk:
+//
+//  1. what nobody on disk points to yet: refcount blocks (whose increases were made before anything refers to the
+//     clusters), slices of L2 tables that no L1 entry on disk points to, a moved refcount table. Sync: guest data in new
+//     clusters, written earlier by the requests, becomes durable with them.
+//     1b, rarely: entries of the refcount table for new blocks that step 2 depends on, or the header's pointer to a moved
+//     table. Sync.
+//  2. the pointers: slices of reachable L2 tables, L1 entries, entries of the refcount table for blocks added ahead of
+//     need. Sync.
+//  3. what those pointers no longer refer to is settled: once every request that began before has ended, its host space
+//     is punched, its counts are lowered in memory, and the next flush writes them.
+//
+// A crash between any two writes, keeping any subset of un-synced sectors, leaves counts at least as high as references
+// and every pointer aimed at durable content. A step that fails leaves everything it covered dirty, and the next flush
+// does it again.
+package meta
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/storage"
+)
+
+// Store is the metadata of one open image.
+type Store struct {
+	Layout format.Layout
+	Map    *Mapping
+	Refs   *Refcounts // nil when the image is read-only
+	Ranges Ranges
+	Epochs *Epochs
+
+	file  storage.File
+	fixed []fixedRun
+	// onFree is told of clusters that are about to become free, when no request can be using them any more.
+	onFree func(ClusterRun)
+
+	written atomic.Bool // something was written since the last sync began
+
+	flushMu sync.Mutex
+	running bool
+	next    *flushBatch
+
+	settledMu sync.Mutex
+	settled   []settled
+	reclaimMu sync.Mutex // one reclaim at a time
+}
+
+// settled are references whose removal is durable, waiting for the requests of their epoch to end.
+type settled struct {
+	runs  []Retired
+	epoch uint64
+}
+
+// Config is what a Store is made of.
+type Config struct {
+	File          storage.File
+	Layout        format.Layout
+	L1Off         format.HostOff
+	L1Len         int64
+	RefTableOff   format.HostOff
+	RefTableLen   int64 // clusters
+	SnapshotsOff  format.HostOff
+	SnapshotsSize int64
+	Writable      bool
+	CacheBytes    int64 // bound of the L2 cache
+	OnFree        func(ClusterRun)
+}
+
+// Open makes a Store. It reads the refcount table of a writable image and nothing else; the header has been validated.
+func Open(c Config) (*Store, error) {
+	s := &Store{Layout: c.Layout, Epochs: NewEpochs(), file: c.File, onFree: c.OnFree}
+	s.Map = newMapping(c.File, c.Layout, c.L1Off, c.L1Len, c.CacheBytes)
+	if !c.Writable {
+		return s, nil
+	}
+	refs, err := newRefcounts(c.File, c.Layout, c.RefTableOff, c.RefTableLen)
+	if err != nil {
+		return nil, err
+	}
+	s.Refs, s.Map.rc = refs, refs
+	s.fixed = []fixedRun{
+		{ClusterRun{0, 1}, "header"},
+		{clustersOf(c.Layout, c.L1Off, c.L1Len*8), "active L1 table"},
+		{clustersOf(c.Layout, c.SnapshotsOff, c.SnapshotsSize), "snapshot table"},
+	}
+	refs.guard = s.guardClusters
+	return s, nil
+}
+
+// fixedRun is a place that guest data must never be written to.
+type fixedRun struct {
+	run  ClusterRun
+	what string
+}
+
+// Guard refuses to have guest data written at a host range that belongs to the image's own structures. A sound image
+// never asks for it; one that does is corrupt, and the write would make it worse.
+func (s *Store) Guard(off format.HostOff, n int64) error {
+	first := s.Layout.Cluster(off)
+	last := s.Layout.Cluster(off + format.HostOff(max(n, 1)) - 1)
+	return s.guardClusters(ClusterRun{first, int64(last-first) + 1})
+}
+
+func (s *Store) guardClusters(r ClusterRun) error {
+	for i := range s.fixed {
+		if r.overlaps(s.fixed[i].run) {
+			return corrupt("preventing invalid write on metadata (overlaps with %s)", s.fixed[i].what)
+		}
+	}
+	if r.overlaps(*s.Refs.table.Load()) {
+		return corrupt("preventing invalid write on metadata (overlaps with refcount table)")
+	}
+	return nil
+}
+
+func (r ClusterRun) overlaps(o ClusterRun) bool { return r.First < o.End() && o.First < r.End() }
+
+func clustersOf(lay format.Layout, off format.HostOff, n int64) ClusterRun {
+	return ClusterRun{lay.Cluster(off), lay.ClustersFor(n)}
+}
+
+// Wrote notes that bytes were written which the next flush must make durable. It is called after the write returned
+// and before the request is acknowledged.
+func (s *Store) Wrote() {
+	if !s.written.Load() {
+		s.written.Store(true)
+	}
+}
+
+// Pressure runs a flush when the cache holds too much that waits for one. Called before a request changes the mapping.
+func (s *Store) Pressure(ctx context.Context) error {
+	if !s.Map.crowded() {
+		return nil
+	}
+	return s.Flush(ctx)
+}
+
+// flushBatch is one run of the pipeline and everyone who waits for it.
+type flushBatch struct {
+	done chan struct{}
+	err  error
+}
+
+// Flush makes every change that returned before the call durable. Calls that come while a flush runs share the next one.
+func (s *Store) Flush(ctx context.Context) error {
+	s.flushMu.Lock()
+	b := s.next
+	if b == nil {
+		b = &flushBatch{done: make(chan struct{})}
+		s.next = b
+	}
+	if !s.running {
+		s.running = true
+		s.next = nil
+		s.flushMu.Unlock()
+		s.runBatch(b)
+		return b.err
+	}
+	s.flushMu.Unlock()
+	select {
+	case <-b.done:
+		return b.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// runBatch runs one batch and starts the one that gathered meanwhile.
+func (s *Store) runBatch(b *flushBatch) {
+	b.err = s.flushOnce()
+	close(b.done)
+	s.flushMu.Lock()
+	defer s.flushMu.Unlock()
+	if n := s.next; n != nil {
+		s.next = nil
+		go s.runBatch(n)
+		return
+	}
+	s.running = false
+}
+
+// flushOnce runs the pipeline. Only one runs at a time.
+func (s *Store) flushOnce() error {
+	if s.Refs == nil {
+		return nil
+	}
+	s.reclaim()
+	if err := s.Refs.growAhead(); err != nil && !errors.Is(err, ErrImageFull) {
+		return err
+	}
+	g := s.freeze()
+	err := s.write(g)
+	if err != nil {
+		s.thaw(g)
+		return err
+	}
+	s.finish(g)
+	s.reclaim()
+	return nil
+}
+
+// generation is one flush's frozen copy of what memory holds and the disk does not.
+type generation struct {
+	wrote   bool // data was written
+	retired []Retired
+	l1      []frozenL1
+	tables  []*table // become reachable with l1
+	early   []frozenSlice
+	late    []frozenSlice
+	refs    frozenRefs
+	// ordered: the late writes point to things that must be durable before.
+	ordered bool
+}
+
+type frozenL1 struct {
+	chunk  int64
+	lo, hi int64
+	raw    []byte
+}
+
+type frozenSlice struct {
+	s   *slice
+	raw *[maxSliceBytes]byte
+}
+
+// freeze cuts a generation. The order matters: references retired before the cut had their entries changed before, so
+// the frozen slices show them gone; and the refcounts are frozen last, so they count whatever the slices point to.
+func (s *Store) freeze() *generation {
+	g := &generation{}
+	g.wrote = s.written.Swap(false)
+	g.retired = s.Refs.takeRetired()
+	s.Map.freezeL1(g)
+	s.Map.freezeSlices(g)
+	g.refs = s.Refs.freeze()
+	g.ordered = g.ordered || g.refs.increased || len(g.refs.newBlocks) > 0 || g.refs.table != nil || len(g.tables) > 0
+	return g
+}
+
+func (m *Mapping) freezeL1(g *generation) {
+	m.l1mu.Lock()
+	defer m.l1mu.Unlock()
+	for _, i := range m.dirtyL1 {
+		ch := m.chunks[i].Load()
+		f := frozenL1{chunk: i, lo: ch.dirtyLo, hi: ch.dirtyHi}
+		f.raw = make([]byte, (f.hi-f.lo)*8)
+		for k := f.lo; k < f.hi; k++ {
+			b := format.EncodeUint64(ch.entries[k].Load())
+			copy(f.raw[(k-f.lo)*8:], b[:])
+		}
+		ch.dirtyLo, ch.dirtyHi = 0, 0
+		g.l1 = append(g.l1, f)
+	}
+	g.tables, m.dirtyL1, m.newTables = m.newTables, nil, nil
+}
+
+func (m *Mapping) freezeSlices(g *generation) {
+	m.dirtyMu.Lock()
+	dirty := m.dirty
+	m.dirty = nil
+	m.dirtyMu.Unlock()
+	for _, s := range dirty {
+		f := frozenSlice{s, sliceBuf()}
+		s.mu.Lock()
+		for k := range s.words {
+			b := format.EncodeUint64(s.words[k].Load())
+			copy(f.raw[k*8:], b[:])
+		}
+		g.ordered = g.ordered || s.fresh
+		s.dirty, s.fresh, s.writing = false, false, true
+		s.mu.Unlock()
+		if s.t.exposed.Load() {
+			g.late = append(g.late, f)
+		} else {
+			g.early = append(g.early, f)
+		}
+	}
+	byHost := func(a, b frozenSlice) int {
+		switch x, y := a.s.host(), b.s.host(); {
+		case x < y:
+			return -1
+		case x > y:
+			return 1
+		}
+		return 0
+	}
+	slices.SortFunc(g.early, byHost)
+	slices.SortFunc(g.late, byHost)
+}
+
+// write puts a generation on the disk in the pipeline's order.
+func (s *Store) write(g *generation) error {
+	if err := s.writeSlices(g.early); err != nil {
+		return err
+	}
+	if err := s.Refs.writeBlocks(&g.refs); err != nil {
+		return err
+	}
+	pointers := len(g.late) > 0 || len(g.l1) > 0 || len(g.refs.newBlocks) > 0 || g.refs.table != nil
+	wrote := g.wrote || len(g.early) > 0 || len(g.refs.blocks) > 0
+	if !pointers && !wrote {
+		return nil
+	}
+	if pointers && g.ordered {
+		if err := s.sync(); err != nil {
+			return err
+		}
+		if g.refs.urgent {
+			if err := s.Refs.writePointers(&g.refs); err != nil {
+				return err
+			}
+			if err := s.sync(); err != nil {
+				return err
+			}
+		}
+	}
+	for _, t := range g.tables {
+		t.exposed.Store(true)
+	}
+	if err := s.writeSlices(g.late); err != nil {
+		return err
+	}
+	if err := s.Map.writeL1(g.l1); err != nil {
+		return err
+	}
+	if !g.refs.urgent {
+		if err := s.Refs.writePointers(&g.refs); err != nil {
+			return err
+		}
+	}
+	return s.sync()
+}
+
+func (s *Store) sync() error {
+	if err := s.file.Sync(); err != nil {
+		return fmt.Errorf("syncing image file: %w", err)
+	}
+	return nil
+}
+
+// writeSlices writes frozen slices, sorted by host offset, neighbours together.
+func (s *Store) writeSlices(fs []frozenSlice) error {
+	size := s.Map.sliceSize
+	var vec [][]byte
+	for i := 0; i < len(fs); {
+		vec = vec[:0]
+		at := fs[i].s.host()
+		for ; i < len(fs) && fs[i].s.host() == at+format.HostOff(int64(len(vec))*size); i++ {
+			vec = append(vec, fs[i].raw[:size])
+		}
+		if _, err := s.file.WriteVAt(vec, int64(at)); err != nil {
+			return fmt.Errorf("writing L2 table at host offset %#x: %w", at, err)
+		}
+	}
+	return nil
+}
+
+func (m *Mapping) writeL1(fs []frozenL1) error {
+	for _, f := range fs {
+		at := m.l1Off + format.HostOff((f.chunk*l1ChunkEntries+f.lo)*8)
+		if err := writeFull(m.file, f.raw, int64(at)); err != nil {
+			return fmt.Errorf("writing L1 table at host offset %#x: %w", at, err)
+		}
+	}
+	return nil
+}
+
+// thaw returns a generation that did not make it to memory's list of things to write.
+func (s *Store) thaw(g *generation) {
+	if g.wrote {
+		s.written.Store(true)
+	}
+	s.Refs.putBackRetired(g.retired)
+	s.Refs.thaw(&g.refs)
+	m := s.Map
+	m.l1mu.Lock()
+	for _, f := range g.l1 {
+		m.markL1(f.chunk, m.chunks[f.chunk].Load(), f.lo, f.hi)
+	}
+	m.newTables = append(m.newTables, g.tables...)
+	m.l1mu.Unlock()
+	for _, fs := range [][]frozenSlice{g.early, g.late} {
+		for _, f := range fs {
+			f.s.mu.Lock()
+			f.s.writing = false
+			// Whatever was synced may be lost after a failed sync: the entries count as pointing to data not yet durable.
+			f.s.fresh = true
+			m.markDirty(f.s)
+			f.s.mu.Unlock()
+			sliceBufs.Put(f.raw)
+		}
+	}
+}
+
+// finish notes that a generation is durable.
+func (s *Store) finish(g *generation) {
+	for _, fs := range [][]frozenSlice{g.early, g.late} {
+		for _, f := range fs {
+			f.s.mu.Lock()
+			f.s.writing = false
+			f.s.mu.Unlock()
+			sliceBufs.Put(f.raw)
+		}
+	}
+	s.Refs.finish(&g.refs)
+	if len(g.retired) == 0 {
+		return
+	}
+	s.settledMu.Lock()
+	s.settled = append(s.settled, settled{g.retired, s.Epochs.Now()})
+	s.settledMu.Unlock()
+}
+
+// reclaim frees what is settled and out of every request's sight. What fails to be freed stays counted: a leak in
+// this process at worst, tried again by the next reclaim.
+func (s *Store) reclaim() {
+	s.reclaimMu.Lock()
+	defer s.reclaimMu.Unlock()
+	s.settledMu.Lock()
+	n := 0
+	for n < len(s.settled) && s.Epochs.Safe(s.settled[n].epoch) {
+		n++
+	}
+	ready := s.settled[:n:n]
+	s.settled = s.settled[n:]
+	s.settledMu.Unlock()
+	for _, g := range ready {
+		var failed []Retired
+		for _, r := range g.runs {
+			rest, err := s.free(r)
+			var impossible *CorruptError
+			if err != nil && !errors.As(err, &impossible) {
+				failed = append(failed, rest)
+			}
+		}
+		if len(failed) > 0 {
+			s.settledMu.Lock()
+			s.settled = append(s.settled, settled{failed, g.epoch})
+			s.settledMu.Unlock()
+		}
+	}
+}
+
+// free lowers the counts of a run, and punches those clusters that lose their last reference while they still count as
+// used: nobody else can be given a cluster whose hole is yet to be punched. On an error it returns what is left to do.
+func (s *Store) free(r Retired) (rest Retired, err error) {
+	for r.N > 0 {
+		last, n, err := s.Refs.sameFate(r.First, r.N)
+		if err != nil {
+			return r, err
+		}
+		run := ClusterRun{r.First, n}
+		if last {
+			s.onFree(run)
+			if r.Punch {
+				// A failed punch costs host space only.
+				_ = s.file.PunchHole(int64(s.Layout.Offset(run.First)), n<<s.Layout.ClusterBits)
+			}
+		}
+		if err := s.Refs.Apply(run); err != nil {
+			return r, err
+		}
+		r.First, r.N = run.End(), r.N-n
+	}
+	return r, nil
+}
+
+// Settle makes everything durable, including the counts of clusters freed last. It is called when no request runs.
+func (s *Store) Settle(ctx context.Context) error {
+	// The first flush removes the last references; with no request running they settle at once, and the second writes
+	// the lowered counts.
+	for range 2 {
+		if err := s.Flush(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}

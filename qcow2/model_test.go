@@ -1,0 +1,332 @@
+package qcow2_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/qcow2"
+	"github.com/droverproject/drover/qcow2/internal/check"
+	"github.com/droverproject/drover/storage"
+)
+
+// variant is one point of the option grid that the model test draws from.
+type variant struct {
+	create   qcow2.CreateOptions
+	backing  int64 // size of the backing device, 0: none
+	cache    int64
+	reopen   bool
+	fallback bool
+}
+
+func (v variant) String() string {
+	return fmt.Sprintf("v%d cluster=%d refcount=%d size=%d backing=%d prealloc=%d cache=%d", v.create.Version, v.create.ClusterSize,
+		v.create.RefcountBits, v.create.Size, v.backing, v.create.Preallocation, v.cache)
+}
+
+func drawVariant(r *rand.Rand) variant {
+	pick := func(s ...int64) int64 { return s[r.IntN(len(s))] }
+	v := variant{cache: pick(1, 0, 65536)}
+	c := &v.create
+	c.Version = int(pick(2, 3, 3, 3))
+	c.ClusterSize = pick(512, 1024, 4096, 4096, 16384, 65536, 65536, 262144, 2<<20)
+	c.RefcountBits = 16
+	if c.Version == 3 {
+		c.RefcountBits = int(pick(1, 2, 4, 8, 16, 32, 64))
+	}
+	c.Size = (pick(1, 3, 8)*c.ClusterSize*pick(1, 7, 30) + pick(0, 512, 3*512)) & (8<<20 - 1)
+	if r.IntN(2) == 0 {
+		v.backing = pick(512, c.Size/2, c.Size, c.Size*2) &^ 511
+	} else if r.IntN(3) == 0 {
+		c.Preallocation = qcow2.PreallocMetadata
+	}
+	return v
+}
+
+// harness drives an image and a byte slice side by side.
+type harness struct {
+	t     testing.TB
+	r     *rand.Rand
+	v     variant
+	file  *storage.MemFile
+	base  []byte
+	im    *qcow2.Image
+	model []byte
+}
+
+func newHarness(t testing.TB, r *rand.Rand, v variant) *harness {
+	h := &harness{t: t, r: r, v: v, file: storage.NewMemFile("model.qcow2")}
+	if v.backing > 0 {
+		h.base = make([]byte, v.backing)
+		for i := range h.base {
+			h.base[i] = byte(r.Uint32())
+		}
+		h.v.create.BackingFile, h.v.create.BackingFormat = "base.raw", "raw"
+	}
+	if err := qcow2.Create(context.Background(), h.file, h.v.create); err != nil {
+		t.Fatalf("%v: create: %v", v, err)
+	}
+	h.model = make([]byte, v.create.Size)
+	copy(h.model, h.base)
+	h.open()
+	return h
+}
+
+func (h *harness) open() {
+	h.t.Helper()
+	o := qcow2.Options{CacheSize: h.v.cache}
+	if h.base != nil {
+		o.Backing = newMemDevice(h.base)
+	}
+	im, err := qcow2.Open(context.Background(), keepOpen{h.file}, o)
+	if err != nil {
+		h.t.Fatalf("%v: open: %v", h.v, err)
+	}
+	h.im = im
+}
+
+// keepOpen lets a test go on using a file after the image that owns it was closed.
+type keepOpen struct{ *storage.MemFile }
+
+func (keepOpen) Close() error { return nil }
+
+func (h *harness) must(what string, err error) {
+	h.t.Helper()
+	if err != nil {
+		h.t.Fatalf("%v: %s: %v", h.v, what, err)
+	}
+}
+
+// span draws a range of the disk, often short, often on boundaries.
+func (h *harness) span() (off, n int64) {
+	size := int64(len(h.model))
+	off = h.r.Int64N(size + 1)
+	n = h.r.Int64N(size - off + 1)
+	switch h.r.IntN(4) {
+	case 0:
+		n = min(n, 512*(1+h.r.Int64N(8)))
+	case 1:
+		n = min(n, 3*h.v.create.ClusterSize)
+	case 2:
+		off &^= h.v.create.ClusterSize - 1
+		n = min(size-off, (n+h.v.create.ClusterSize-1)&^(h.v.create.ClusterSize-1), 9*h.v.create.ClusterSize)
+	}
+	return off, n
+}
+
+func (h *harness) step() {
+	h.t.Helper()
+	ctx := context.Background()
+	off, n := h.span()
+	m := h.model[off : off+n]
+	op := h.r.IntN(100)
+	switch {
+	case op < 40:
+		p := make([]byte, n)
+		seed := byte(h.r.Uint32())
+		for i := range p {
+			p[i] = seed + byte(i>>9)*7 + byte(i)
+		}
+		if h.im.TryWriteAt(p, off) != nil {
+			h.must("write", h.im.WriteAt(ctx, p, off, block.WriteFlags(h.r.IntN(20)/19)))
+		}
+		copy(m, p)
+	case op < 50:
+		flags := block.ZeroFlags(h.r.IntN(4))
+		err := h.im.WriteZeroes(ctx, off, n, flags)
+		if errors.Is(err, block.ErrNoFastZero) && flags&block.ZeroFast != 0 {
+			break
+		}
+		h.must("write zeroes", err)
+		clear(m)
+	case op < 60:
+		h.must("discard", h.im.Discard(ctx, off, n))
+		got := make([]byte, n)
+		h.must("read after discard", h.im.ReadAt(ctx, got, off))
+		for i := range got {
+			if got[i] != m[i] && got[i] != 0 {
+				h.t.Fatalf("%v: byte at %d is neither old nor zero after discard", h.v, off+int64(i))
+			}
+		}
+		copy(m, got)
+	case op < 85:
+		got := make([]byte, n)
+		if h.im.TryReadAt(got, off) != nil {
+			h.must("read", h.im.ReadAt(ctx, got, off))
+		}
+		if !bytes.Equal(got, m) {
+			h.t.Fatalf("%v: read of %d bytes at %d differs", h.v, n, off)
+		}
+	case op < 92:
+		h.must("flush", h.im.Flush(ctx))
+	case op < 97:
+		h.checkExtents(off, n)
+	default:
+		h.reopen()
+	}
+}
+
+func (h *harness) reopen() {
+	h.t.Helper()
+	h.must("close", h.im.Close())
+	h.open()
+}
+
+// checkExtents compares what Extents says with the model.
+func (h *harness) checkExtents(off, n int64) {
+	h.t.Helper()
+	at := off
+	err := h.im.Extents(context.Background(), off, n, func(x block.Extent) bool {
+		if x.Off != at || x.Len <= 0 {
+			h.t.Fatalf("%v: extent at %d+%d, want one at %d", h.v, x.Off, x.Len, at)
+		}
+		at = x.End()
+		if x.Zero && len(bytes.Trim(h.model[x.Off:x.End()], "\x00")) != 0 {
+			h.t.Fatalf("%v: extent %+v is not zero", h.v, x)
+		}
+		if x.HasHost && x.Data && x.Depth == 0 {
+			b := make([]byte, x.Len)
+			if k, err := h.file.ReadAt(b, x.Host); k < len(b) && err == nil {
+				h.t.Fatalf("%v: short read at host %#x", h.v, x.Host)
+			}
+			if !bytes.Equal(b, h.model[x.Off:x.End()]) {
+				h.t.Fatalf("%v: host bytes of extent %+v differ", h.v, x)
+			}
+		}
+		return true
+	})
+	h.must("extents", err)
+	if at != off+n {
+		h.t.Fatalf("%v: extents end at %d, want %d", h.v, at, off+n)
+	}
+}
+
+// finish closes the image, has both checkers look at it and compares every byte.
+func (h *harness) finish() {
+	h.t.Helper()
+	h.must("close", h.im.Close())
+	checkFile(h.t, h.file)
+	h.qemuCheck()
+	h.open()
+	got := make([]byte, len(h.model))
+	h.must("read all", h.im.ReadAt(context.Background(), got, 0))
+	if !bytes.Equal(got, h.model) {
+		h.t.Fatalf("%v: content differs after reopening", h.v)
+	}
+	h.must("close", h.im.Close())
+}
+
+// qemuCheck has stock qemu-img check the image, and compare it with the model.
+func (h *harness) qemuCheck() {
+	h.t.Helper()
+	path := qemuCheckFile(h.t, h.file, h.base)
+	if path == "" {
+		return
+	}
+	raw := filepath.Join(filepath.Dir(path), "model.raw")
+	h.must("saving", os.WriteFile(raw, h.model, 0o600))
+	if out, err := exec.Command("qemu-img", "compare", "-f", "qcow2", "-F", "raw", path, raw).CombinedOutput(); err != nil {
+		h.t.Fatalf("%v: qemu-img compare: %v: %s", h.v, err, out)
+	}
+}
+
+// qemuCheckFile saves an image (and its backing file, where it has one) and has stock qemu-img check it, where there is
+// one. It returns where the image is.
+func qemuCheckFile(t testing.TB, f storage.File, base []byte) string {
+	t.Helper()
+	if _, err := exec.LookPath("qemu-img"); err != nil {
+		return ""
+	}
+	path := filepath.Join(t.TempDir(), "image.qcow2")
+	size, err := f.Size()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, size)
+	if n, err := f.ReadAt(b, 0); n < len(b) {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if base != nil {
+		if err := os.WriteFile(filepath.Join(filepath.Dir(path), "base.raw"), base, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out, err := exec.Command("qemu-img", "check", path).CombinedOutput(); err != nil {
+		keep := filepath.Join(os.TempDir(), "drover-failed.qcow2")
+		_ = os.WriteFile(keep, b, 0o600)
+		t.Fatalf("qemu-img check: %v (image kept as %s)\n%s", err, keep, out)
+	}
+	return path
+}
+
+// checkFile has our own check look at an image: it may find nothing, not even a leak.
+func checkFile(t testing.TB, f storage.File) {
+	t.Helper()
+	report, err := check.Run(context.Background(), f, check.Options{})
+	if err != nil {
+		t.Fatalf("check: %v", err)
+	}
+	if !report.Clean() {
+		t.Fatalf("check: %+v", report)
+	}
+}
+
+// memDevice is a read-only block.Device over bytes.
+type memDevice struct{ b []byte }
+
+func newMemDevice(b []byte) block.Device { return memDevice{b} }
+
+func (d memDevice) Size() int64      { return int64(len(d.b)) }
+func (d memDevice) Info() block.Info { return block.Info{Format: "raw", ReadOnly: true} }
+func (d memDevice) ReadAt(_ context.Context, p []byte, off int64) error {
+	if err := block.CheckRange(off, int64(len(p)), d.Size()); err != nil {
+		return err
+	}
+	copy(p, d.b[off:])
+	return nil
+}
+func (d memDevice) TryReadAt(p []byte, off int64) error {
+	return d.ReadAt(context.Background(), p, off)
+}
+func (d memDevice) TryWriteAt([]byte, int64) error { return block.ErrReadOnly }
+func (d memDevice) WriteAt(context.Context, []byte, int64, block.WriteFlags) error {
+	return block.ErrReadOnly
+}
+func (d memDevice) WriteZeroes(context.Context, int64, int64, block.ZeroFlags) error {
+	return block.ErrReadOnly
+}
+func (d memDevice) Discard(context.Context, int64, int64) error { return block.ErrReadOnly }
+func (d memDevice) Flush(context.Context) error                 { return nil }
+func (d memDevice) Close() error                                { return nil }
+func (d memDevice) Extents(_ context.Context, off, n int64, fn func(block.Extent) bool) error {
+	fn(block.Extent{Off: off, Len: n, Allocated: true, Data: true, HasHost: true, Host: off, File: "base.raw"})
+	return nil
+}
+
+// TestModel runs random operations over random options against a byte slice.
+func TestModel(t *testing.T) {
+	rounds, steps := 60, 400
+	if testing.Short() {
+		rounds = 15
+	}
+	for seed := range uint64(rounds) {
+		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
+			r := rand.New(rand.NewPCG(seed, 1))
+			h := newHarness(t, r, drawVariant(r))
+			for range steps {
+				h.step()
+			}
+			h.finish()
+		})
+	}
+}

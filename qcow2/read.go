@@ -1,0 +1,239 @@
+package qcow2
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/qcow2/internal/codec"
+	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/qcow2/internal/meta"
+	"github.com/droverproject/drover/storage"
+)
+
+// ReadAt fills p from the disk at off.
+func (im *Image) ReadAt(ctx context.Context, p []byte, off int64) error {
+	if err := block.CheckRange(off, int64(len(p)), im.size); err != nil {
+		return err
+	}
+	t, err := im.enter()
+	if err != nil {
+		return err
+	}
+	defer im.meta.Epochs.Exit(t)
+	return im.read(ctx, p, off)
+}
+
+// TryReadAt is ReadAt if mapping and data are in memory; otherwise block.ErrWouldBlock.
+func (im *Image) TryReadAt(p []byte, off int64) error {
+	if err := block.CheckRange(off, int64(len(p)), im.size); err != nil {
+		return err
+	}
+	t, ok := im.meta.Epochs.TryEnter()
+	if !ok {
+		return block.ErrWouldBlock
+	}
+	defer im.meta.Epochs.Exit(t)
+	for len(p) > 0 {
+		run, in, err := im.lookup(off, int64(len(p)), false)
+		if err != nil {
+			return wouldBlock(err)
+		}
+		n := im.runBytes(run, in, len(p))
+		if err := im.tryReadRun(p[:n], off, in, run); err != nil {
+			return wouldBlock(err)
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// wouldBlock turns every error of an attempt into "ask again, waiting": the full request will meet and report it.
+func wouldBlock(error) error { return block.ErrWouldBlock }
+
+// lookup returns the run at guest offset off and how far into its first cluster off lies.
+func (im *Image) lookup(off, n int64, wait bool) (meta.Run, int64, error) {
+	in := im.lay.GuestInCluster(format.GuestOff(off))
+	limit := (in + n + im.lay.ClusterSize() - 1) >> im.lay.ClusterBits
+	run, err := im.meta.Map.Lookup(im.cluster(off), limit, wait)
+	return run, in, err
+}
+
+func (im *Image) cluster(off int64) meta.GuestCluster {
+	return meta.GuestCluster(off >> im.lay.ClusterBits)
+}
+
+// runBytes returns how many of the next most bytes a run covers, from in bytes into its first cluster.
+func (im *Image) runBytes(run meta.Run, in int64, most int) int {
+	return int(min(int64(most), run.N<<im.lay.ClusterBits-in))
+}
+
+func (im *Image) read(ctx context.Context, p []byte, off int64) error {
+	for len(p) > 0 {
+		run, in, err := im.lookup(off, int64(len(p)), true)
+		if err != nil {
+			return fmt.Errorf("looking up guest offset %#x: %w", off, err)
+		}
+		n := im.runBytes(run, in, len(p))
+		if err := im.readRun(ctx, p[:n], off, in, run); err != nil {
+			return err
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// readRun reads from one run; off is the guest offset, in the distance into the run.
+func (im *Image) readRun(ctx context.Context, p []byte, off, in int64, run meta.Run) error {
+	if im.lay.ExtendedL2 && run.Kind != format.KindCompressed {
+		return im.readSubclusters(ctx, p, off, in, run)
+	}
+	switch run.Kind {
+	case format.KindNormal:
+		return im.readHost(p, off, int64(run.Entry.HostOffset())+in)
+	case format.KindCompressed:
+		data, err := im.decompressed(run.Entry)
+		if err != nil {
+			return fmt.Errorf("reading guest offset %#x: %w", off, err)
+		}
+		copy(p, data[in:])
+		return nil
+	case format.KindUnallocated:
+		return im.readBacking(ctx, p, off)
+	}
+	clear(p)
+	return nil
+}
+
+// readSubclusters reads from one cluster with extended L2 entries (or from a run of clusters that no table maps).
+func (im *Image) readSubclusters(ctx context.Context, p []byte, off, in int64, run meta.Run) error {
+	if run.N > 1 {
+		return im.readBacking(ctx, p, off) // only a missing table makes runs here
+	}
+	size := im.lay.SubclusterSize()
+	for len(p) > 0 {
+		i := int(in / size)
+		kind := im.lay.SubKind(run.Entry, run.Bitmap, i)
+		end := i + 1
+		for end < im.lay.Subclusters() && im.lay.SubKind(run.Entry, run.Bitmap, end) == kind {
+			end++
+		}
+		n := min(int64(len(p)), int64(end)*size-in)
+		var err error
+		switch kind {
+		case format.SubNormal:
+			err = im.readHost(p[:n], off, int64(run.Entry.HostOffset())+in)
+		case format.SubUnallocated, format.SubReserved:
+			err = im.readBacking(ctx, p[:n], off)
+		case format.SubInvalid:
+			err = &CorruptError{Reason: fmt.Sprintf("extended L2 entry of guest offset %#x", off)}
+		default:
+			clear(p[:n])
+		}
+		if err != nil {
+			return err
+		}
+		p, off, in = p[n:], off+n, in+n
+	}
+	return nil
+}
+
+func (im *Image) readHost(p []byte, off, host int64) error {
+	if im.lay.DataFile && host != off {
+		return &CorruptError{Reason: fmt.Sprintf("guest offset %#x is mapped to offset %#x of the data file, not to the same", off, host)}
+	}
+	if err := readFull(im.data, p, host); err != nil {
+		return fmt.Errorf("reading guest offset %#x at host offset %#x: %w", off, host, err)
+	}
+	return nil
+}
+
+// readBacking reads what no cluster of this image decides: the backing device, zeroes behind its end.
+func (im *Image) readBacking(ctx context.Context, p []byte, off int64) error {
+	if im.backing != nil && off < im.backing.Size() {
+		n := min(int64(len(p)), im.backing.Size()-off)
+		if err := im.backing.ReadAt(ctx, p[:n], off); err != nil {
+			return fmt.Errorf("reading backing file: %w", err)
+		}
+		p = p[n:]
+	}
+	clear(p)
+	return nil
+}
+
+// tryReadRun is readRun without waiting.
+func (im *Image) tryReadRun(p []byte, off, in int64, run meta.Run) error {
+	switch {
+	case run.Kind == format.KindCompressed:
+		data, ok := im.clusters.peek(run.Entry)
+		if !ok {
+			return block.ErrWouldBlock
+		}
+		copy(p, data[in:])
+		return nil
+	case im.lay.ExtendedL2 && run.N == 1:
+		return block.ErrWouldBlock
+	case run.Kind == format.KindNormal:
+		return im.tryReadHost(p, int64(run.Entry.HostOffset())+in)
+	case run.Kind == format.KindUnallocated && im.backing != nil && off < im.backing.Size():
+		return im.tryReadBacking(p, off)
+	}
+	clear(p)
+	return nil
+}
+
+func (im *Image) tryReadHost(p []byte, host int64) error {
+	if im.nowait == nil || im.lay.DataFile {
+		return block.ErrWouldBlock
+	}
+	n, err := im.nowait.ReadAtNowait(p, host)
+	if n == len(p) {
+		return nil
+	}
+	if err == nil {
+		err = storage.ErrWouldBlock
+	}
+	return err
+}
+
+func (im *Image) tryReadBacking(p []byte, off int64) error {
+	below, ok := im.backing.(block.TryDevice)
+	if !ok {
+		return block.ErrWouldBlock
+	}
+	n := min(int64(len(p)), im.backing.Size()-off)
+	if err := below.TryReadAt(p[:n], off); err != nil {
+		return err
+	}
+	clear(p[n:])
+	return nil
+}
+
+// decompressed returns the content of a compressed cluster. It must not be changed.
+func (im *Image) decompressed(e format.L2Entry) ([]byte, error) {
+	return im.clusters.get(e, func() ([]byte, error) { return im.decompress(e) })
+}
+
+func (im *Image) decompress(e format.L2Entry) ([]byte, error) {
+	host, n := im.lay.CompressedExtent(e)
+	src := make([]byte, n)
+	if err := readFull(im.file, src, int64(host)); err != nil {
+		return nil, fmt.Errorf("reading compressed cluster at host offset %#x: %w", host, err)
+	}
+	dst := make([]byte, im.lay.ClusterSize())
+	if err := codec.Decompress(uint8(im.hdr.CompressionType), dst, src); err != nil {
+		return nil, fmt.Errorf("decompressing cluster at host offset %#x: %w", host, err)
+	}
+	return dst, nil
+}
+
+// zeroRead reports whether the run reads as zeroes from guest offset off on, without asking the backing device.
+func (im *Image) zeroRead(kind format.L2Kind, off int64) bool {
+	switch kind {
+	case format.KindZeroPlain, format.KindZeroAlloc:
+		return true
+	case format.KindUnallocated:
+		return im.backing == nil || off >= im.backing.Size()
+	}
+	return false
+}
