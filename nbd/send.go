@@ -1,0 +1,114 @@
+package nbd
+
+// reserve makes room for n more bytes in the batch and returns the batch so far, to be appended to; commit takes it back.
+func (c *conn) reserve(n int) []byte {
+	if c.out != nil && c.outLen+n > len(c.out.b) {
+		c.sendBatch()
+	}
+	if c.out == nil {
+		c.out = c.srv.buffers.get(batchSize)
+		c.outLen = 0
+	}
+	return c.out.b[:c.outLen]
+}
+
+// commit takes note of the batch that reserve's caller has appended to.
+func (c *conn) commit(p []byte) { c.outLen = len(p) }
+
+// replyError answers a request from the reader.
+func (c *conn) replyError(h header, e errno) {
+	c.commit(appendError(c.reserve(maxErrorReply), c.mode, h, e))
+}
+
+// maxErrorReply is more than an error reply ever takes.
+const maxErrorReply = extReplySize + 6 + 64
+
+// sendBatch sends the replies that the reader has collected, or leaves them to whoever is sending.
+func (c *conn) sendBatch() {
+	if c.outLen == 0 || c.out == nil {
+		return
+	}
+	c.sends.Lock()
+	if !c.sends.busy {
+		c.sends.busy = true
+		c.sends.Unlock()
+		c.write(c.out.b[:c.outLen])
+		c.outLen = 0
+		c.sends.Lock()
+		c.sendQueue()
+		return
+	}
+	// The buffer goes with the queue. Its cost is charged without waiting, since nothing is lost by exceeding the bound
+	// by one batch; the reader waits before it reads the next.
+	r := c.srv.newRequest()
+	r.buf, r.cost = c.out, int64(len(c.out.b))
+	r.vecs = append(r.vecs, c.out.b[:c.outLen])
+	c.charge(r.cost)
+	c.out, c.outLen = nil, 0
+	c.sends.queue = append(c.sends.queue, r)
+	c.sends.Unlock()
+}
+
+// send sends the reply of a worker's request, or leaves it to whoever is sending.
+func (c *conn) send(r *request) {
+	c.sends.Lock()
+	c.sends.queue = append(c.sends.queue, r)
+	if c.sends.busy {
+		c.sends.Unlock()
+		return
+	}
+	c.sends.busy = true
+	c.sendQueue()
+}
+
+// sendQueue sends the queue until it is empty. The caller has set busy and locked sends, which is unlocked on return.
+func (c *conn) sendQueue() {
+	for len(c.sends.queue) > 0 {
+		batch := c.sends.queue
+		c.sends.queue = c.sends.spare[:0]
+		c.sends.Unlock()
+
+		c.writeAll(batch)
+		for i, r := range batch {
+			c.finish(r)
+			batch[i] = nil
+		}
+		c.sends.Lock()
+		c.sends.spare = batch
+	}
+	c.sends.busy = false
+	c.sends.Unlock()
+}
+
+// write sends p. Only the goroutine that set busy may call it.
+func (c *conn) write(p []byte) {
+	if c.broken.Load() {
+		return
+	}
+	if _, err := c.nc.Write(p); err != nil {
+		c.sendFailed(err)
+	}
+}
+
+// writeAll sends the replies of a batch with one vectored write. Only the goroutine that set busy may call it.
+func (c *conn) writeAll(batch []*request) {
+	if len(batch) == 1 && len(batch[0].vecs) == 1 {
+		c.write(batch[0].vecs[0])
+		return
+	}
+	if c.broken.Load() {
+		return
+	}
+	all := c.sends.vecs[:0]
+	for _, r := range batch {
+		all = append(all, r.vecs...)
+	}
+	// WriteTo consumes the slice it is called on.
+	c.sends.vecs = all
+	_, err := c.sends.vecs.WriteTo(c.nc)
+	clear(all)
+	c.sends.vecs = all[:0]
+	if err != nil {
+		c.sendFailed(err)
+	}
+}
