@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"syscall"
 	"testing"
 
 	"github.com/droverproject/drover/block"
@@ -70,8 +72,10 @@ type crashRun struct {
 	cs      int64
 	v2      bool
 	backing block.Device
-	writes  int
-	version int64
+	// failSyncs: some syncs fail.
+	failSyncs bool
+	writes    int
+	version   int64
 }
 
 func (c *crashRun) step() {
@@ -108,8 +112,19 @@ func (c *crashRun) step() {
 		c.writes++
 	default:
 		writes := c.writes
-		if err = c.im.Flush(ctx); err == nil {
+		// Every third flush meets a sync that fails, and what was written before it stays in doubt for good unless it
+		// is written again.
+		fails := c.failSyncs && c.r.IntN(3) == 0
+		if fails {
+			c.file.FailNextSync(syscall.EIO)
+		}
+		err = c.im.Flush(ctx)
+		c.file.FailNextSync(nil)
+		if err == nil {
 			c.file.Mark(markFlushed{writes})
+		}
+		if fails && errors.Is(err, syscall.EIO) {
+			err = nil
 		}
 	}
 	if err != nil {
@@ -140,14 +155,15 @@ func TestCrash(t *testing.T) {
 			t.Parallel()
 			states := 0
 			for seed := range uint64(3) {
-				states += crashWorkload(t, v.o, v.backing, seed, steps, samples)
+				states += crashWorkload(t, v.o, v.backing, seed, steps, samples, false)
+				states += crashWorkload(t, v.o, v.backing, seed, steps, samples, true)
 			}
 			t.Logf("%d crash states", states)
 		})
 	}
 }
 
-func crashWorkload(t *testing.T, o qcow2.CreateOptions, withBacking bool, seed uint64, steps, samples int) int {
+func crashWorkload(t *testing.T, o qcow2.CreateOptions, withBacking bool, seed uint64, steps, samples int, failSyncs bool) int {
 	ctx := context.Background()
 	r := rand.New(rand.NewPCG(seed, uint64(o.ClusterSize)))
 	sectors := o.Size / 512
@@ -180,7 +196,7 @@ func crashWorkload(t *testing.T, o qcow2.CreateOptions, withBacking bool, seed u
 		t.Fatal(err)
 	}
 	c := &crashRun{t: t, r: r, file: file, im: im, sectors: sectors, cs: or64(o.ClusterSize, 65536), v2: o.Version == 2,
-		backing: backing, version: 1}
+		backing: backing, version: 1, failSyncs: failSyncs}
 	for range steps {
 		c.step()
 	}

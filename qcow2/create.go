@@ -264,7 +264,7 @@ func (im *Image) mapRun(c meta.GuestCluster, n int64, mode Preallocation) (int64
 	edit.Put(0, run.N, func(k int64, _ format.L2Entry) format.L2Entry {
 		return format.MakeL2(host+format.HostOff(k<<im.lay.ClusterBits), true)
 	})
-	im.meta.Wrote()
+	im.meta.Wrote(int64(host), 1)
 	return run.N, nil
 }
 

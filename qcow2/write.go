@@ -99,7 +99,7 @@ func (im *Image) overwrite(p []byte, off, host int64) error {
 		return fmt.Errorf("writing guest offset %#x: %w", off, err)
 	}
 	err := writeFull(im.data, p, host)
-	im.meta.Wrote() // also after a failure, which may have written a part
+	im.meta.Wrote(host, int64(len(p))) // also after a failure, which may have written a part
 	if err != nil {
 		return fmt.Errorf("writing guest offset %#x at host offset %#x: %w", off, host, err)
 	}
@@ -251,7 +251,7 @@ func (a *allocation) writeHost(vec [][]byte, host, off int64) error {
 	if err == nil && n < want {
 		err = io.ErrShortWrite
 	}
-	a.im.meta.Wrote()
+	a.im.meta.Wrote(host, int64(want))
 	if err != nil {
 		return fmt.Errorf("writing guest offset %#x at host offset %#x: %w", off, host, err)
 	}

@@ -18,7 +18,7 @@ func (im *Image) WriteZeroes(ctx context.Context, off, n int64, flags block.Zero
 	if err := im.checkWrite(off, n); err != nil {
 		return err
 	}
-	if err := im.change(ctx, func() error { return im.writeZeroes(ctx, off, n, flags) }); err != nil {
+	if err := im.writeZeroes(ctx, off, n, flags); err != nil {
 		return err
 	}
 	if flags&block.ZeroFUA != 0 {
@@ -29,19 +29,24 @@ func (im *Image) WriteZeroes(ctx context.Context, off, n int64, flags block.Zero
 
 func (im *Image) writeZeroes(ctx context.Context, off, n int64, flags block.ZeroFlags) error {
 	head, body, tail := im.splitClusters(off, n)
-	if flags&block.ZeroFast != 0 {
-		if err := im.fastZero(head, body, tail); err != nil {
-			return err
-		}
-	}
-	for _, part := range []span{head, tail} {
-		if err := im.zeroByWriting(ctx, part); err != nil {
-			return err
-		}
-	}
 	unmap := flags&block.ZeroUnmap != 0
-	if im.lay.Version < format.Version3 && (!unmap || im.backing != nil) {
-		return im.zeroByWriting(ctx, body)
+	plain := im.lay.Version < format.Version3 && (!unmap || im.backing != nil) // no mapping stands for these zeroes
+	err := im.change(ctx, func() error {
+		if flags&block.ZeroFast != 0 {
+			if err := im.fastZero(head, body, tail); err != nil {
+				return err
+			}
+		}
+		if err := im.zeroByWriting(ctx, head); err != nil {
+			return err
+		}
+		return im.zeroByWriting(ctx, tail)
+	})
+	if err != nil {
+		return err
+	}
+	if plain {
+		return im.change(ctx, func() error { return im.zeroByWriting(ctx, body) })
 	}
 	return im.eachMapped(ctx, body, func(e format.L2Entry, kind format.L2Kind, off int64) bool {
 		return !im.zeroRead(kind, off) || unmap && kind == format.KindZeroAlloc
@@ -151,57 +156,52 @@ func (im *Image) Discard(ctx context.Context, off, n int64) error {
 		return nil
 	}
 	_, body, _ := im.splitClusters(off, n)
-	return im.change(ctx, func() error {
-		return im.eachMapped(ctx, body, func(_ format.L2Entry, kind format.L2Kind, off int64) bool {
-			return !im.zeroRead(kind, off) || kind == format.KindZeroAlloc
-		}, func(e format.L2Entry) (format.L2Entry, bool) {
-			return im.zeroed(e, true)
-		})
+	return im.eachMapped(ctx, body, func(_ format.L2Entry, kind format.L2Kind, off int64) bool {
+		return !im.zeroRead(kind, off) || kind == format.KindZeroAlloc
+	}, func(e format.L2Entry) (format.L2Entry, bool) {
+		return im.zeroed(e, true)
 	})
 }
 
-// eachMapped changes the entries of the whole clusters of s for which want holds, to what change returns, and gives up
-// their host clusters where change says so.
-func (im *Image) eachMapped(ctx context.Context, s span,
-	want func(e format.L2Entry, kind format.L2Kind, off int64) bool,
-	change func(e format.L2Entry) (entry format.L2Entry, giveUp bool)) error {
+// wanted tells whether the entry of the guest cluster at off is to change; for a run of entries that are alike it gives one
+// answer from the first that it says no to.
+type wanted func(e format.L2Entry, kind format.L2Kind, off int64) bool
+
+// changed returns what an entry becomes, and whether its host clusters are given up.
+type changed func(e format.L2Entry) (entry format.L2Entry, giveUp bool)
+
+// eachMapped changes the entries of the whole clusters of s for which want holds. It is many requests, not one: between
+// two of them a flush may run.
+func (im *Image) eachMapped(ctx context.Context, s span, want wanted, to changed) error {
 	end := meta.GuestCluster((s.end() + im.lay.ClusterSize() - 1) >> im.lay.ClusterBits)
 	for c := im.cluster(s.off); s.n > 0 && c < end; {
-		off := int64(c) << im.lay.ClusterBits
-		run, err := im.meta.Map.Lookup(c, int64(end-c), true)
-		if err != nil {
-			return fmt.Errorf("looking up guest offset %#x: %w", off, err)
-		}
-		if !want(run.Entry, run.Kind, off) {
-			// want depends on the kind and on how far the backing device reaches: what it says of the first cluster of
-			// a run that it does not want holds for the rest.
-			c += meta.GuestCluster(run.N)
-			continue
-		}
-		n, err := im.changeEntries(ctx, c, int64(end-c), want, change)
-		if err != nil {
+		err := im.change(ctx, func() error {
+			n, err := im.changeSome(ctx, c, int64(end-c), want, to)
+			c += meta.GuestCluster(n)
 			return err
-		}
-		c += meta.GuestCluster(n)
-		if err := im.pressureInside(ctx); err != nil {
+		})
+		if err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// pressureInside keeps a long change from filling the cache with entries that wait for a flush.
-func (im *Image) pressureInside(ctx context.Context) error {
-	if err := im.meta.Pressure(ctx); err != nil {
-		return fmt.Errorf("making room in the metadata cache: %w", err)
+// changeSome skips a run that is not wanted, or changes the entries of one slice. It returns how many clusters it went over.
+func (im *Image) changeSome(ctx context.Context, c meta.GuestCluster, n int64, want wanted, to changed) (int64, error) {
+	off := int64(c) << im.lay.ClusterBits
+	run, err := im.meta.Map.Lookup(c, n, true)
+	if err != nil {
+		return 0, fmt.Errorf("looking up guest offset %#x: %w", off, err)
 	}
-	return nil
+	if !want(run.Entry, run.Kind, off) {
+		return run.N, nil
+	}
+	return im.changeEntries(ctx, c, n, want, to)
 }
 
-// changeEntries is eachMapped for the clusters of one slice, at most n from c on. It returns how many it went over.
-func (im *Image) changeEntries(ctx context.Context, c meta.GuestCluster, n int64,
-	want func(format.L2Entry, format.L2Kind, int64) bool,
-	change func(format.L2Entry) (format.L2Entry, bool)) (int64, error) {
+// changeEntries is changeSome for the clusters of one slice, at most n from c on.
+func (im *Image) changeEntries(ctx context.Context, c meta.GuestCluster, n int64, want wanted, to changed) (int64, error) {
 	n = min(n, im.meta.Map.SliceRest(c))
 	held, err := im.meta.Ranges.Lock(ctx, uint64(c), uint64(c)+uint64(n)-1)
 	if err != nil {
@@ -224,7 +224,7 @@ func (im *Image) changeEntries(ctx context.Context, c meta.GuestCluster, n int64
 		if !want(e, im.lay.Kind(e), off) {
 			return e
 		}
-		entry, giveUp := change(e)
+		entry, giveUp := to(e)
 		if giveUp {
 			old.add(im.lay, e, true)
 		}

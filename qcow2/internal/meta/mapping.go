@@ -34,6 +34,8 @@ type Mapping struct {
 	file storage.File
 	lay  format.Layout
 	rc   *Refcounts // nil when the image is read-only
+	// wrote notes a write that the next flush must make durable.
+	wrote func(off, n int64)
 
 	l1Off     format.HostOff
 	l1Len     int64
@@ -421,7 +423,9 @@ func (m *Mapping) fillTable(t *table, from format.HostOff, virgin bool) error {
 		}
 		clearCopied(b, m.lay)
 	}
-	if err := writeFull(m.file, b, int64(t.host)); err != nil {
+	err := writeFull(m.file, b, int64(t.host))
+	m.wrote(int64(t.host), int64(len(b)))
+	if err != nil {
 		return fmt.Errorf("writing L2 table at host offset %#x: %w", t.host, err)
 	}
 	return nil
@@ -514,6 +518,8 @@ func (m *Mapping) crowded() bool {
 	defer m.dirtyMu.Unlock()
 	return len(m.dirty) > max(m.maxSlices/2, minSlices/2)
 }
+
+func isEOF(err error) bool { return errors.Is(err, io.EOF) }
 
 func writeFull(f storage.File, p []byte, off int64) error {
 	n, err := f.WriteAt(p, off)

@@ -36,7 +36,6 @@ import (
 	"fmt"
 	"slices"
 	"sync"
-	"sync/atomic"
 
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/storage"
@@ -55,7 +54,7 @@ type Store struct {
 	// onFree is told of clusters that are about to become free, when no request can be using them any more.
 	onFree func(ClusterRun)
 
-	written atomic.Bool // something was written since the last sync began
+	log writeLog
 
 	flushMu sync.Mutex
 	running bool
@@ -98,7 +97,7 @@ func Open(c Config) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.Refs, s.Map.rc = refs, refs
+	s.Refs, s.Map.rc, s.Map.wrote = refs, refs, s.Wrote
 	s.fixed = []fixedRun{
 		{ClusterRun{0, 1}, "header"},
 		{clustersOf(c.Layout, c.L1Off, c.L1Len*8), "active L1 table"},
@@ -140,15 +139,11 @@ func clustersOf(lay format.Layout, off format.HostOff, n int64) ClusterRun {
 	return ClusterRun{lay.Cluster(off), lay.ClustersFor(n)}
 }
 
-// Wrote notes that bytes were written which the next flush must make durable. It is called after the write returned
-// and before the request is acknowledged.
-func (s *Store) Wrote() {
-	if !s.written.Load() {
-		s.written.Store(true)
-	}
-}
+// Wrote notes that [off, off+n) of the file was written, or may have been, which the next flush must make durable. It is
+// called after the write returned and before the request is acknowledged.
+func (s *Store) Wrote(off, n int64) { s.log.mark(off, n) }
 
-// Pressure runs a flush when the cache holds too much that waits for one. Called before a request changes the mapping.
+// Pressure runs a flush when the cache holds too much that waits for one. It is called before a request, never inside.
 func (s *Store) Pressure(ctx context.Context) error {
 	if !s.Map.crowded() {
 		return nil
@@ -205,6 +200,9 @@ func (s *Store) flushOnce() error {
 	if s.Refs == nil {
 		return nil
 	}
+	if err := s.writeDoubtAgain(); err != nil {
+		return err
+	}
 	s.reclaim()
 	if err := s.Refs.growAhead(); err != nil && !errors.Is(err, ErrImageFull) {
 		return err
@@ -220,9 +218,21 @@ func (s *Store) flushOnce() error {
 	return nil
 }
 
+// writeDoubtAgain repeats the writes that a failed sync left in doubt, with no request running. A flush is therefore
+// never called from inside a request.
+func (s *Store) writeDoubtAgain() error {
+	if len(s.log.inDoubt()) == 0 {
+		return nil
+	}
+	if err := s.Epochs.Quiesce(); err == nil { // after Close nothing runs anyway
+		defer s.Epochs.Resume()
+	}
+	return s.log.rewrite(s.file)
+}
+
 // generation is one flush's frozen copy of what memory holds and the disk does not.
 type generation struct {
-	wrote   bool // data was written
+	wrote   map[int64]struct{} // where data was written, see writeLog
 	retired []Retired
 	l1      []frozenL1
 	tables  []*table // become reachable with l1
@@ -248,7 +258,7 @@ type frozenSlice struct {
 // the frozen slices show them gone; and the refcounts are frozen last, so they count whatever the slices point to.
 func (s *Store) freeze() *generation {
 	g := &generation{}
-	g.wrote = s.written.Swap(false)
+	g.wrote = s.log.cut()
 	g.retired = s.Refs.takeRetired()
 	s.Map.freezeL1(g)
 	s.Map.freezeSlices(g)
@@ -317,7 +327,7 @@ func (s *Store) write(g *generation) error {
 		return err
 	}
 	pointers := len(g.late) > 0 || len(g.l1) > 0 || len(g.refs.newBlocks) > 0 || g.refs.table != nil
-	wrote := g.wrote || len(g.early) > 0 || len(g.refs.blocks) > 0
+	wrote := len(g.wrote) > 0 || len(g.early) > 0 || len(g.refs.blocks) > 0
 	if !pointers && !wrote {
 		return nil
 	}
@@ -385,11 +395,9 @@ func (m *Mapping) writeL1(fs []frozenL1) error {
 	return nil
 }
 
-// thaw returns a generation that did not make it to memory's list of things to write.
+// thaw takes back a generation that did not become durable: all of it is written again by the next flush.
 func (s *Store) thaw(g *generation) {
-	if g.wrote {
-		s.written.Store(true)
-	}
+	s.log.lost(g.wrote)
 	s.Refs.putBackRetired(g.retired)
 	s.Refs.thaw(&g.refs)
 	m := s.Map
