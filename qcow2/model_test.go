@@ -109,12 +109,13 @@ func (h *harness) span() (off, n int64) {
 	size := int64(len(h.model))
 	off = h.r.Int64N(size + 1)
 	n = h.r.Int64N(size - off + 1)
-	switch h.r.IntN(4) {
-	case 0:
+	switch h.r.IntN(12) {
+	case 0: // whatever was drawn
+	case 1, 2, 3, 4:
 		n = min(n, 512*(1+h.r.Int64N(8)))
-	case 1:
+	case 5, 6, 7, 8:
 		n = min(n, 3*h.v.create.ClusterSize)
-	case 2:
+	default:
 		off &^= h.v.create.ClusterSize - 1
 		n = min(size-off, (n+h.v.create.ClusterSize-1)&^(h.v.create.ClusterSize-1), 9*h.v.create.ClusterSize)
 	}
@@ -315,12 +316,13 @@ func (d memDevice) Extents(_ context.Context, off, n int64, fn func(block.Extent
 
 // TestModel runs random operations over random options against a byte slice.
 func TestModel(t *testing.T) {
-	rounds, steps := 60, 400
+	rounds, steps := 150, 700 // over 100,000 operations
 	if testing.Short() {
-		rounds = 15
+		rounds, steps = 15, 300
 	}
 	for seed := range uint64(rounds) {
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) {
+			t.Parallel()
 			r := rand.New(rand.NewPCG(seed, 1))
 			h := newHarness(t, r, drawVariant(r))
 			for range steps {

@@ -29,6 +29,9 @@ func (im *Image) WriteAt(ctx context.Context, p []byte, off int64, flags block.W
 }
 
 func (im *Image) checkWrite(off, n int64) error {
+	if im.meta.Epochs.Closed() {
+		return block.ErrClosed
+	}
 	if im.readOnly {
 		return block.ErrReadOnly
 	}

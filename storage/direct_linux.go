@@ -216,7 +216,7 @@ func (d *directIO) ownWindow(start, stop int64) (size, limit int64, err error) {
 	for {
 		limit = stop
 		if stop > size {
-			limit = stop
+			limit = math.MaxInt64
 		}
 		d.ranges.acquire(start, limit, true)
 		size, err = fdSize(d.fd, d.device)

@@ -184,6 +184,9 @@ func (e *Epochs) Close() bool {
 	return true
 }
 
+// Closed reports whether Close was called.
+func (e *Epochs) Closed() bool { return e.door.Load() == doorClosed }
+
 // waitEmpty waits for every running request; mu is held and the door is not open.
 func (e *Epochs) waitEmpty() {
 	for !e.drained(0) || !e.drained(1) {
