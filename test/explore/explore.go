@@ -1,0 +1,278 @@
+// Package explore holds what the crash and fault explorers share: disks whose every sector tells which write it came
+// from, requests drawn at random, and images to start from.
+package explore
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/qcow2"
+	"github.com/droverproject/drover/storage"
+	"github.com/droverproject/drover/test/harness"
+	"github.com/droverproject/drover/test/peer"
+)
+
+// SectorSize is the unit of versions, and what a power cut cannot tear.
+const SectorSize = storage.SectorSize
+
+// Version tells which write a sector's content came from; 0 is zeroes, 1 what the disk started with.
+type Version uint32
+
+// FillSector writes into b what a sector looks like at a version.
+func FillSector(b []byte, sector int64, v Version) {
+	if v == 0 {
+		clear(b)
+		return
+	}
+	for i := 0; i < SectorSize; i += 16 {
+		binary.LittleEndian.PutUint64(b[i:], uint64(sector))
+		binary.LittleEndian.PutUint64(b[i+8:], uint64(v)<<16|uint64(i))
+	}
+}
+
+// VersionOf returns the version of a sector's content, and false when it is no sector of that place at any version: torn,
+// misplaced or stale.
+func VersionOf(b []byte, sector int64) (Version, bool) {
+	v := Version(binary.LittleEndian.Uint64(b[8:]) >> 16)
+	var want [SectorSize]byte
+	FillSector(want[:], sector, v)
+	return v, bytes.Equal(b, want[:])
+}
+
+// Kind is what a request does.
+type Kind uint8
+
+// The kinds of requests.
+const (
+	Write Kind = iota
+	Zeroes
+	ZeroesUnmap
+	Discard // of whole clusters, so that the outcome is known
+	Flush
+	Read
+)
+
+// Op is one request.
+type Op struct {
+	Kind     Kind
+	First, N int64 // sectors
+	Version  Version
+}
+
+// Changes reports whether the request changes sectors.
+func (op Op) Changes() bool { return op.Kind <= Discard }
+
+// Run makes the request.
+func (op Op) Run(im *qcow2.Image) error {
+	ctx := context.Background()
+	off, n := op.First*SectorSize, op.N*SectorSize
+	switch op.Kind {
+	case Write:
+		p := op.Bytes()
+		if im.TryWriteAt(p, off) == nil {
+			return nil
+		}
+		return im.WriteAt(ctx, p, off, 0)
+	case Zeroes:
+		return im.WriteZeroes(ctx, off, n, 0)
+	case ZeroesUnmap:
+		return im.WriteZeroes(ctx, off, n, block.ZeroUnmap)
+	case Discard:
+		return im.Discard(ctx, off, n)
+	case Flush:
+		return im.Flush(ctx)
+	}
+	return im.ReadAt(ctx, make([]byte, n), off)
+}
+
+// Bytes returns what the request's sectors hold afterwards.
+func (op Op) Bytes() []byte {
+	p := make([]byte, op.N*SectorSize)
+	for i := range op.N {
+		FillSector(p[i*SectorSize:][:SectorSize], op.First+i, op.Version)
+	}
+	return p
+}
+
+// Start describes a disk to work on.
+type Start struct {
+	Name    string
+	Create  qcow2.CreateOptions
+	Backing bool // half the disk lies in a backing device, at version 1
+	// QEMU, when not empty, has qemu-img make the image by converting the disk at version 1 with these arguments, and
+	// Snapshot then has it take an internal snapshot.
+	QEMU     []string
+	Snapshot bool
+}
+
+// Disk is a Start made real.
+type Disk struct {
+	Start
+	Image   *storage.MemFile
+	Backing block.Device // nil when there is none; reads as version 1
+	Sectors int64
+	Cluster int64 // sectors of a cluster
+	first   int64 // sectors at version 1; the rest starts as zeroes
+}
+
+// Starts are the images that the explorers begin with: every shape of table and cluster that a write can meet.
+func Starts() []Start {
+	return []Start{
+		{Name: "tiny clusters, table growth", Create: qcow2.CreateOptions{ClusterSize: 512, RefcountBits: 64, Size: 192 << 10}},
+		{Name: "tiny clusters, backing", Create: qcow2.CreateOptions{ClusterSize: 512, Size: 96 << 10}, Backing: true},
+		{Name: "4k, backing, odd size", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 256<<10 + 1536}, Backing: true},
+		{Name: "4k, version 2", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10, Version: 2}},
+		{Name: "4k, version 2, backing", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10, Version: 2}, Backing: true},
+		{Name: "4k, one bit", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10, RefcountBits: 1}},
+		{Name: "4k, preallocated", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10, Preallocation: qcow2.PreallocMetadata}},
+		{Name: "64k, backing", Create: qcow2.CreateOptions{Size: 1 << 20}, Backing: true},
+		{Name: "tiny clusters, compressed", Create: qcow2.CreateOptions{ClusterSize: 512, Size: 64 << 10}, QEMU: []string{"-c"}},
+		{Name: "4k, compressed", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10}, QEMU: []string{"-c"}},
+		{Name: "4k, zstd and snapshot", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10},
+			QEMU: []string{"-c", "-o", "compression_type=zstd"}, Snapshot: true},
+		{Name: "tiny clusters, snapshot", Create: qcow2.CreateOptions{ClusterSize: 512, Size: 64 << 10}, QEMU: []string{}, Snapshot: true},
+		{Name: "4k, snapshot", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10}, QEMU: []string{}, Snapshot: true},
+	}
+}
+
+// Make makes the disk.
+func (s Start) Make(t testing.TB) *Disk {
+	t.Helper()
+	cluster := s.Create.ClusterSize
+	if cluster == 0 {
+		cluster = 64 << 10
+	}
+	d := &Disk{Start: s, Sectors: s.Create.Size / SectorSize, Cluster: cluster / SectorSize}
+	if s.QEMU != nil {
+		d.first = d.Sectors * 3 / 4
+		d.Image = s.makeByQEMU(t, d)
+		return d
+	}
+	o := s.Create
+	if s.Backing {
+		d.first = d.Sectors / 2
+		d.Backing = NewMemDevice(d.initial()[:d.first*SectorSize])
+		o.BackingFile, o.BackingFormat = "base.raw", "raw"
+	}
+	d.Image = storage.NewMemFile("disk.qcow2")
+	if err := qcow2.Create(context.Background(), d.Image, o); err != nil {
+		t.Fatalf("%s: create: %v", s.Name, err)
+	}
+	return d
+}
+
+func (s Start) makeByQEMU(t testing.TB, d *Disk) *storage.MemFile {
+	t.Helper()
+	peer.Need(t, "qemu-img")
+	dir := t.TempDir()
+	raw, path := filepath.Join(dir, "in.raw"), filepath.Join(dir, "disk.qcow2")
+	if err := os.WriteFile(raw, d.initial(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"convert", "-f", "raw", "-O", "qcow2", "-o", fmt.Sprintf("cluster_size=%d", d.Cluster*SectorSize)}
+	args = append(append(args, s.QEMU...), raw, path)
+	harness.Must(t, "qemu-img", args...)
+	if s.Snapshot {
+		harness.Must(t, "qemu-img", "snapshot", "-c", "before", path)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := storage.NewMemFile("disk.qcow2")
+	if _, err := f.WriteAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// initial returns the disk's content before any request.
+func (d *Disk) initial() []byte {
+	b := make([]byte, d.Sectors*SectorSize)
+	for s := range d.Sectors {
+		FillSector(b[s*SectorSize:][:SectorSize], s, d.Initial(s))
+	}
+	return b
+}
+
+// Initial returns the version of a sector before any request.
+func (d *Disk) Initial(sector int64) Version {
+	if sector < d.first {
+		return 1
+	}
+	return 0
+}
+
+// Open opens the disk in a file that stays open when the image is closed.
+func (d *Disk) Open(f storage.File, readOnly bool) (*qcow2.Image, error) {
+	return qcow2.Open(context.Background(), KeepOpen{f}, qcow2.Options{ReadOnly: readOnly, CacheSize: 1, ClusterCacheSize: 1, Backing: d.Backing})
+}
+
+// Draw draws a request. Versions must be at least 2.
+func (d *Disk) Draw(r *rand.Rand, v Version) Op {
+	first := r.Int64N(d.Sectors)
+	n := 1 + r.Int64N(min(d.Sectors-first, 1+r.Int64N(3*d.Cluster+8)))
+	op := Op{First: first, N: n, Version: v}
+	switch k := r.IntN(24); {
+	case k < 13:
+		op.Kind = Write
+	case k < 15:
+		op.Kind = Zeroes
+	case k < 17:
+		op.Kind = ZeroesUnmap
+	case k < 20 && (d.Create.Version != 2 || d.Backing == nil): // there, discards are left alone
+		op.Kind = Discard
+		op.First = first / d.Cluster * d.Cluster
+		op.N = min((n+d.Cluster-1)/d.Cluster*d.Cluster, d.Sectors-op.First)
+	case k < 22:
+		op.Kind = Flush
+	default:
+		op.Kind = Read
+	}
+	if op.Kind != Write {
+		op.Version = 0
+	}
+	return op
+}
+
+// KeepOpen is a file that outlives the image that owns it.
+type KeepOpen struct{ storage.File }
+
+// Close does nothing.
+func (KeepOpen) Close() error { return nil }
+
+// memDevice is a read-only device over bytes.
+type memDevice struct{ b []byte }
+
+// NewMemDevice returns a read-only device of the given content.
+func NewMemDevice(b []byte) block.Device { return memDevice{b} }
+
+func (d memDevice) Size() int64      { return int64(len(d.b)) }
+func (d memDevice) Info() block.Info { return block.Info{Format: "raw", Name: "base.raw", ReadOnly: true} }
+func (d memDevice) ReadAt(_ context.Context, p []byte, off int64) error {
+	if err := block.CheckRange(off, int64(len(p)), d.Size()); err != nil {
+		return err
+	}
+	copy(p, d.b[off:])
+	return nil
+}
+func (d memDevice) WriteAt(context.Context, []byte, int64, block.WriteFlags) error {
+	return block.ErrReadOnly
+}
+func (d memDevice) WriteZeroes(context.Context, int64, int64, block.ZeroFlags) error {
+	return block.ErrReadOnly
+}
+func (d memDevice) Discard(context.Context, int64, int64) error { return block.ErrReadOnly }
+func (d memDevice) Flush(context.Context) error                 { return nil }
+func (d memDevice) Close() error                                { return nil }
+func (d memDevice) Extents(_ context.Context, off, n int64, fn func(block.Extent) bool) error {
+	fn(block.Extent{Off: off, Len: n, Allocated: true, Data: true, HasHost: true, Host: off, File: "base.raw"})
+	return nil
+}
