@@ -167,7 +167,7 @@ func below(root, path string) (Grant, bool) {
 	for _, dir := range candidates {
 		rel, err := filepath.Rel(dir, absPath)
 		if err == nil && filepath.IsLocal(rel) && rel != "." {
-			return Grant{Root: dir, Path: rel}, true
+			return Grant{Root: root, Path: rel}, true
 		}
 	}
 	return Grant{}, false

@@ -86,9 +86,11 @@ func TestRawConformance(t *testing.T) {
 		size int64
 		o    block.RawOptions
 		wrap func(storage.File) storage.File
+
+		onDisk bool
 	}{
-		{name: "whole file", size: size},
-		{name: "file that ends in mid-sector", size: size - 300},
+		{name: "whole file", size: size, onDisk: true},
+		{name: "file that ends in mid-sector", size: size - 300, onDisk: true},
 		{name: "part of a file", size: 2 * size, o: block.RawOptions{Offset: 12345, Size: size}},
 		{name: "host that cannot zero", size: size, wrap: func(f storage.File) storage.File { return plainFile{f} }},
 		{name: "block device", size: size, wrap: func(f storage.File) storage.File { return sectorFile{f} }},
@@ -96,8 +98,15 @@ func TestRawConformance(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			blocktest.Run(t, func(t *testing.T) block.Device {
-				file, err := storage.OpenFile(newFile(t, nil, tc.size), storage.OpenOptions{})
-				if err != nil {
+				if tc.onDisk {
+					file, err := storage.OpenFile(newFile(t, nil, tc.size), storage.OpenOptions{})
+					if err != nil {
+						t.Fatal(err)
+					}
+					return wrapRaw(t, file, tc.o)
+				}
+				file := storage.NewMemFile("disk")
+				if err := file.Truncate(tc.size); err != nil {
 					t.Fatal(err)
 				}
 				if tc.wrap != nil {

@@ -48,6 +48,9 @@ type CreateOptions struct {
 // ErrInvalidOption is wrapped by every error of Create that the caller's options cause.
 var ErrInvalidOption = errors.New("invalid option")
 
+// ErrTooBig is wrapped by the errors of Create for a disk that the cluster size cannot describe; ErrInvalidOption is too.
+var ErrTooBig = format.ErrTooBig
+
 func invalid(f string, args ...any) error {
 	return fmt.Errorf("%w: %s", ErrInvalidOption, fmt.Sprintf(f, args...))
 }
@@ -74,6 +77,21 @@ func Create(ctx context.Context, file storage.File, o CreateOptions) error {
 		return nil
 	}
 	return preallocate(ctx, file, o)
+}
+
+// Validate returns the error that Create would return for these options before it touches the file.
+func (o CreateOptions) Validate() error {
+	h, err := newHeader(o)
+	if err != nil {
+		return err
+	}
+	if _, err := planImage(h); err != nil {
+		return err
+	}
+	if _, err := h.Marshal(); err != nil {
+		return fmt.Errorf("making the header: %w", err)
+	}
+	return nil
 }
 
 // newHeader checks the options and makes a header of them, without the places of the tables.
@@ -142,7 +160,7 @@ func planImage(h *format.Header) (imagePlan, error) {
 	lay := h.Layout()
 	l1, err := lay.L1EntriesFor(int64(h.Size))
 	if err != nil {
-		return imagePlan{}, invalid("%v", err)
+		return imagePlan{}, fmt.Errorf("%w: %w", ErrInvalidOption, err)
 	}
 	p := imagePlan{refTable: 1, refBlocks: 1, l1: lay.ClustersFor(l1 * 8)}
 	for {

@@ -74,7 +74,12 @@ func (im *Image) kindExtents(ctx context.Context, off, n, in int64, e format.L2E
 	fn func(block.Extent) bool) (bool, error) {
 	x := block.Extent{Off: off, Len: n, Allocated: true}
 	switch kind {
-	case format.SubUnallocated, format.SubReserved:
+	case format.SubReserved:
+		if im.backing == nil { // zeroes that have a place of their own on the host
+			return fn(block.Extent{Off: off, Len: n, Zero: true, HasHost: true, Host: int64(e.HostOffset()) + in, File: im.data.Stat().Name}), nil
+		}
+		return im.backingExtents(ctx, off, n, fn)
+	case format.SubUnallocated:
 		return im.backingExtents(ctx, off, n, fn)
 	case format.SubNormal:
 		x.Data, x.HasHost, x.Host, x.File = true, true, int64(e.HostOffset())+in, im.data.Stat().Name

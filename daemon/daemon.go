@@ -1,0 +1,214 @@
+// Package daemon is the long-running process behind 'drover serve': it opens images, offers them to NBD clients on one
+// or more listeners, and closes everything in the right order when it is told to stop.
+//
+// # Life
+//
+// [Open] opens the images, in the order given, and then the listeners: a client that can connect finds everything in
+// place, and whatever is wrong comes to light before anybody depends on it. [Daemon.Serve] serves until its context
+// ends; then listeners close, connections finish what they have begun, and each image is flushed and closed, whatever
+// the others do. Serve returns nil only if every acknowledged write is durable.
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/nbd"
+)
+
+// DefaultDrain is how long Serve waits for connections to finish.
+const DefaultDrain = 30 * time.Second
+
+// Export is an image under the name by which clients ask for it.
+type Export struct {
+	Name, Description string
+	Image             string // file name
+	// Open says how the image is opened. With no Format the content decides between the formats that can be told by it;
+	// a disk that looks like none of them is accepted as raw only read-only.
+	Open block.OpenOptions
+}
+
+// Config says what to serve where.
+type Config struct {
+	Exports []Export
+	// Addresses are opened by Open, Listeners are there already (from a service manager); Serve closes both.
+	Addresses []Address
+	Listeners []net.Listener
+	NBD       nbd.Options
+	Drain     time.Duration // 0 is DefaultDrain
+}
+
+// Daemon serves images.
+type Daemon struct {
+	server    *nbd.Server
+	drain     time.Duration
+	listeners []net.Listener
+	exports   []openExport
+}
+
+type openExport struct {
+	Export
+	dev block.Device
+}
+
+// Open opens all that the configuration names. After an error nothing stays open.
+func Open(ctx context.Context, c Config) (d *Daemon, err error) {
+	d = &Daemon{server: nbd.NewServer(c.NBD), drain: c.Drain, listeners: c.Listeners}
+	if d.drain == 0 {
+		d.drain = DefaultDrain
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.release())
+			d = nil
+		}
+	}()
+	for _, e := range c.Exports {
+		if err := d.open(ctx, e); err != nil {
+			return d, err
+		}
+	}
+	for _, a := range c.Addresses {
+		l, err := Listen(ctx, a)
+		if err != nil {
+			return d, err
+		}
+		d.listeners = append(d.listeners, l)
+	}
+	if len(d.listeners) == 0 {
+		return d, errors.New("no address to listen on")
+	}
+	return d, nil
+}
+
+func (d *Daemon) open(ctx context.Context, e Export) error {
+	if e.Open.Format == "" {
+		format, err := guessFormat(e)
+		if err != nil {
+			return err
+		}
+		e.Open.Format = format
+	}
+	if e.Open.Format == block.FormatRaw {
+		e.Open.Options = nil // they are for formats that have caches
+	}
+	dev, err := block.Open(ctx, e.Image, e.Open)
+	if err != nil {
+		return err
+	}
+	d.exports = append(d.exports, openExport{e, dev})
+	return d.server.AddExport(nbd.Export{
+		Name: e.Name, Description: e.Description, Device: dev, ReadOnly: e.Open.ReadOnly,
+	})
+}
+
+// ErrGuessedRaw is wrapped when a disk would be exported writable as raw only because nothing else is known of it.
+var ErrGuessedRaw = errors.New("it looks like a raw disk, and a client could make a raw disk look like an image" +
+	" that names other files; say --format raw (or --read-only)")
+
+// guessFormat looks at the content of an image. It takes no lock: opening the image will.
+func guessFormat(e Export) (string, error) {
+	o := e.Open
+	o.ReadOnly, o.NoLock = true, true
+	file, err := block.OpenFile(e.Image, o)
+	if err != nil {
+		return "", err
+	}
+	format, err := block.ProbeFile(file)
+	if err = errors.Join(err, file.Close()); err != nil {
+		return "", fmt.Errorf("finding out the format of %q: %w", e.Image, err)
+	}
+	if format == block.FormatRaw && !e.Open.ReadOnly {
+		return "", fmt.Errorf("%q: %w", e.Image, ErrGuessedRaw)
+	}
+	return format, nil
+}
+
+// Status describes an export in service.
+type Status struct {
+	Name, Image, Format string
+	Size                int64
+	ReadOnly            bool
+}
+
+// Exports lists the exports in the order of the configuration.
+func (d *Daemon) Exports() []Status {
+	list := make([]Status, len(d.exports))
+	for i, e := range d.exports {
+		info := e.dev.Info()
+		list[i] = Status{
+			Name: e.Name, Image: e.Image, Format: info.Format, Size: e.dev.Size(),
+			ReadOnly: info.ReadOnly || e.Open.ReadOnly,
+		}
+	}
+	return list
+}
+
+// URIs lists where clients find the export of the given name, one URI for each listener.
+func (d *Daemon) URIs(export string) []string {
+	list := make([]string, len(d.listeners))
+	for i, l := range d.listeners {
+		list[i] = URI(l.Addr(), export)
+	}
+	return list
+}
+
+// Serve serves until ctx ends or a listener fails, then drains, flushes and closes. It is called once.
+func (d *Daemon) Serve(ctx context.Context) error {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	failures := make(chan error, len(d.listeners))
+	var running sync.WaitGroup
+	for _, l := range d.listeners {
+		running.Add(1)
+		go func() {
+			defer running.Done()
+			// The server ends when Shutdown is called, so the context must not cut connections off before.
+			err := d.server.Serve(context.WithoutCancel(ctx), l)
+			if err != nil && !errors.Is(err, nbd.ErrServerClosed) {
+				failures <- err
+				stop()
+			}
+		}()
+	}
+	<-ctx.Done()
+	err := d.shutdown(context.WithoutCancel(ctx))
+	running.Wait()
+	close(failures)
+	for failure := range failures {
+		err = errors.Join(err, failure)
+	}
+	return errors.Join(err, d.release())
+}
+
+// shutdown drains the server within the time allowed.
+func (d *Daemon) shutdown(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, d.drain)
+	defer cancel()
+	if err := d.server.Shutdown(ctx); err != nil {
+		return fmt.Errorf("waiting for clients to finish: %w", err)
+	}
+	return nil
+}
+
+// release closes listeners and images.
+func (d *Daemon) release() error {
+	var errs []error
+	for _, l := range d.listeners {
+		if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
+			errs = append(errs, fmt.Errorf("closing listener %v: %w", l.Addr(), err))
+		}
+	}
+	for _, e := range d.exports {
+		// Close flushes; it is the last to know of a write that could not be kept.
+		if err := e.dev.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("closing %q: %w", e.Image, err))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,186 @@
+// Package cli is the command line of drover: it turns flags into calls of the packages below, and what they return into
+// text, JSON and exit codes. It knows nothing of image formats beyond the names of their options.
+//
+// Where a command exists in qemu-img, its flags, output, messages and exit codes are those of qemu-img 7.2, so that
+// scripts need not be rewritten; only the name in front of a message differs.
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	_ "github.com/droverproject/drover/qcow2" // registers the format
+)
+
+const program = "drover"
+
+// app is one run of the program.
+type app struct {
+	out, err io.Writer
+}
+
+// exitError ends the program with a code of its own. An empty message says that everything has been said.
+type exitError struct {
+	code int
+	msg  string
+}
+
+func (e *exitError) Error() string { return e.msg }
+
+// usageError is a mistake in the command line: it is followed by a hint where help is.
+type usageError struct{ msg string }
+
+func (e *usageError) Error() string { return e.msg }
+
+func usagef(format string, args ...any) error { return &usageError{fmt.Sprintf(format, args...)} }
+
+// errorf makes an error of qemu-img's words. They begin with a capital letter and may have more than one line, against
+// the custom of this language: scripts and people know them as they are.
+func errorf(format string, args ...any) error { return fmt.Errorf(format, args...) }
+
+// Run runs the program with the given arguments (without its name) and returns its exit code.
+func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	a := &app{out: stdout, err: stderr}
+	root := a.rootCommand()
+	root.SetArgs(args)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return 0
+	}
+	code := 1
+	var exit *exitError
+	if errors.As(err, &exit) {
+		code = exit.code
+	}
+	if msg := err.Error(); msg != "" {
+		a.say("%s", msg)
+	}
+	var usage *usageError
+	if errors.As(err, &usage) {
+		fmt.Fprintf(a.err, "Try '%s --help' for more information\n", program)
+	}
+	return code
+}
+
+// say writes a message for the user to standard error.
+func (a *app) say(format string, args ...any) {
+	fmt.Fprintf(a.err, program+": "+format+"\n", args...)
+}
+
+// printf writes output.
+func (a *app) printf(format string, args ...any) { fmt.Fprintf(a.out, format, args...) }
+
+// usageTemplate is how a command's help ends.
+const usageTemplate = `Usage:
+  {{.UseLine}}{{if .HasExample}}
+
+Examples:
+{{.Example}}{{end}}{{if .HasAvailableSubCommands}}
+
+Commands:{{range .Commands}}{{if .IsAvailableCommand}}
+  {{rpad .Name .NamePadding}} {{.Short}}{{end}}{{end}}{{end}}{{if .HasAvailableLocalFlags}}
+
+Flags:
+{{.LocalFlags.FlagUsages | trimTrailingWhitespaces}}{{end}}{{if .HasAvailableSubCommands}}
+
+'{{.CommandPath}} COMMAND --help' tells more about a command.{{end}}
+`
+
+func (a *app) rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   program + " COMMAND [flags]",
+		Short: "Create, examine, check and serve disk images",
+		Long: `drover works with disk images in the formats qcow2 and raw.
+
+Commands that qemu-img has take the same flags, print the same output and end
+with the same exit codes. An image that somebody else made may name other files
+(a backing file, a data file): drover follows such a name only to files in the
+image's own folder and below, unless --allow-path or --allow-any-path says
+otherwise.`,
+		Example: `  drover create -f qcow2 disk.qcow2 20G
+  drover info --output=json disk.qcow2
+  drover serve --socket /run/disk.sock disk.qcow2`,
+		Args:          cobra.ArbitraryArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if v, err := cmd.Flags().GetBool("version"); err == nil && v {
+				a.printVersion()
+				return nil
+			}
+			if len(args) == 0 {
+				return usagef("Not enough arguments")
+			}
+			return usagef("Command not found: %s", args[0])
+		},
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+	}
+	root.SetOut(a.out)
+	root.SetErr(a.err)
+	root.SetFlagErrorFunc(flagError)
+	root.SetUsageTemplate(usageTemplate)
+	root.Flags().BoolP("version", "V", false, "print the version and exit")
+	root.SetHelpCommand(&cobra.Command{
+		Use:    "help [COMMAND]",
+		Short:  "Show help for a command",
+		Hidden: true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, _, err := root.Find(args)
+			if err != nil || c == root && len(args) > 0 {
+				return usagef("Command not found: %s", strings.Join(args, " "))
+			}
+			c.InitDefaultHelpFlag() // cobra adds it only to the command that runs
+			return c.Help()
+		},
+	})
+	root.AddCommand(a.createCommand(), a.infoCommand(), a.checkCommand(), a.mapCommand(), a.serveCommand(), a.versionCommand())
+	for _, c := range root.Commands() {
+		c.Flags().SortFlags = false
+	}
+	return root
+}
+
+// flagError says what is wrong with a flag in the words of getopt, which qemu-img uses.
+func flagError(_ *cobra.Command, err error) error {
+	var unknown *pflag.NotExistError
+	if errors.As(err, &unknown) {
+		if short := unknown.GetSpecifiedShortnames(); short != "" {
+			return usagef("unrecognized option '-%s'", short)
+		}
+		return usagef("unrecognized option '--%s'", unknown.GetSpecifiedName())
+	}
+	var missing *pflag.ValueRequiredError
+	if errors.As(err, &missing) {
+		if short := missing.GetSpecifiedShortnames(); short != "" {
+			return usagef("missing argument for option '-%s'", short)
+		}
+		return usagef("missing argument for option '--%s'", missing.GetSpecifiedName())
+	}
+	return usagef("%s", err)
+}
+
+// oneImage is the argument check of commands that work on one image.
+func oneImage(_ *cobra.Command, args []string) error {
+	if len(args) != 1 {
+		return usagef("Expecting one image file name")
+	}
+	return nil
+}
+
+// outputFlag adds --output.
+func outputFlag(cmd *cobra.Command, output *string) {
+	cmd.Flags().StringVar(output, "output", "human", "`format` of the output: human or json")
+}
+
+func checkOutput(output string) error {
+	if output != "human" && output != "json" {
+		return errorf("--output must be used with human or json as argument.")
+	}
+	return nil
+}

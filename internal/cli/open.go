@@ -1,0 +1,222 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"syscall"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/storage"
+)
+
+// source is the image that a command reads, as its flags describe it.
+type source struct {
+	format     string
+	forceShare bool
+	imageOpts  bool
+	policy     policyFlags
+
+	name    string
+	options map[string]string // of the format, from --image-opts
+}
+
+// policyFlags say which files an image may refer to.
+type policyFlags struct {
+	allowPath []string
+	allowAny  bool
+}
+
+func (p *policyFlags) add(f *pflag.FlagSet) {
+	f.StringArrayVar(&p.allowPath, "allow-path", nil, "let images refer to files in `DIR` and below (may be repeated)")
+	f.BoolVar(&p.allowAny, "allow-any-path", false, "let images refer to any file")
+}
+
+func (p *policyFlags) policy() block.Policy {
+	switch {
+	case p.allowAny:
+		return block.AllowAll()
+	case len(p.allowPath) > 0:
+		return block.AnyOf(block.BelowImageFolder(), block.Roots(p.allowPath))
+	}
+	return block.BelowImageFolder()
+}
+
+func (s *source) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVarP(&s.format, "format", "f", "", "`format` of the image; by default its content decides")
+	f.BoolVarP(&s.forceShare, "force-share", "U", false, "open the image even if somebody else writes to it")
+	f.BoolVar(&s.imageOpts, "image-opts", false, "the image is given as options: driver=FMT,file.filename=NAME")
+}
+
+// set takes the image argument.
+func (s *source) set(arg string) error {
+	s.name = arg
+	if !s.imageOpts {
+		return nil
+	}
+	if s.format != "" {
+		return errorf("--image-opts and --format are mutually exclusive")
+	}
+	return s.parseImageOpts(arg)
+}
+
+// parseImageOpts understands the options that describe a format over a file. Others are refused rather than ignored.
+func (s *source) parseImageOpts(arg string) error {
+	s.name = ""
+	s.options = make(map[string]string)
+	for i, part := range splitOptions(arg) {
+		key, value, ok := strings.Cut(part, "=")
+		if !ok && i == 0 {
+			key, value = "file", part
+		}
+		switch key {
+		case "driver":
+			s.format = value
+		case "file", "file.filename", "filename":
+			s.name = value
+		case "file.driver":
+			if value != "file" && value != "host_device" {
+				return errorf("Could not open '%s': Unknown driver '%s'", arg, value)
+			}
+		case "force-share":
+			s.forceShare = value == "on"
+		case "read-only", "file.locking", "cache.direct", "cache.no-flush":
+			// They choose how, not what: reading sees the same.
+		default:
+			s.options[key] = value
+		}
+	}
+	if s.format == "file" {
+		s.format = block.FormatRaw
+	}
+	if s.name == "" {
+		return errorf("Could not open '%s': A block device must be specified for \"file\"", arg)
+	}
+	return nil
+}
+
+// splitOptions cuts "a=b,c=d" at its commas; a doubled comma stands for one.
+func splitOptions(text string) []string {
+	var parts []string
+	var cur strings.Builder
+	for i := 0; i < len(text); i++ {
+		if text[i] != ',' {
+			cur.WriteByte(text[i])
+			continue
+		}
+		if i+1 < len(text) && text[i+1] == ',' {
+			cur.WriteByte(',')
+			i++
+			continue
+		}
+		parts = append(parts, cur.String())
+		cur.Reset()
+	}
+	return append(parts, cur.String())
+}
+
+func (s *source) openOptions() block.OpenOptions {
+	return block.OpenOptions{
+		Format: s.format, AllowProbe: true, ProbeBacking: true, ReadOnly: true, ForceShare: s.forceShare,
+		Policy: s.policy.policy(), Options: s.options,
+	}
+}
+
+// openFile opens the image's file alone and finds out its format.
+func (s *source) openFile() (storage.File, string, error) {
+	if err := s.checkFormat(); err != nil {
+		return nil, "", err
+	}
+	file, err := block.OpenFile(s.name, s.openOptions())
+	if err != nil {
+		return nil, "", openError(s.name, err)
+	}
+	format, err := formatOf(file, s.format)
+	if err != nil {
+		return nil, "", openError(s.name, errors.Join(err, file.Close()))
+	}
+	return file, format, nil
+}
+
+// formatOf returns the given format if it is known, and that which the content suggests if none is given.
+func formatOf(file storage.File, given string) (string, error) {
+	if given == "" {
+		return block.ProbeFile(file)
+	}
+	return given, checkFormat(given)
+}
+
+// checkFormat refuses the image when its format does not exist.
+func (s *source) checkFormat() error {
+	if err := checkFormat(s.format); err != nil {
+		return errorf("Could not open '%s': %w", s.name, err)
+	}
+	return nil
+}
+
+// checkFormat refuses a format that the user gave and that does not exist. "" is none given.
+func checkFormat(given string) error {
+	if given == "" || slices.Contains(block.Formats(), given) {
+		return nil
+	}
+	return errorf("Unknown driver '%s'", given)
+}
+
+// openError words a failure to open an image as qemu-img does.
+func openError(name string, err error) error {
+	if plain, perr := block.PlainName(name); perr == nil {
+		name = plain // messages speak of the file, as the file's own errors do
+	}
+	return errorf("Could not open '%s': %s", name, openReason(name, err))
+}
+
+// openReason finds the layer of the chain that failed and words its failure.
+func openReason(name string, err error) string {
+	var refused *block.PolicyError
+	if errors.As(err, &refused) {
+		return refused.Error()
+	}
+	var layer *block.OpenError
+	if !errors.As(err, &layer) {
+		return reason(name, err)
+	}
+	text := openReason(layer.Name, layer.Err)
+	if layer.Kind == "" {
+		return text
+	}
+	if !strings.Contains(text, layer.Name) {
+		text = fmt.Sprintf("Could not open '%s': %s", layer.Name, text)
+	}
+	return fmt.Sprintf("Could not open %s: %s", layer.Kind, text)
+}
+
+// reason words the failure of one file.
+func reason(name string, err error) string {
+	var lock *storage.LockError
+	var errno syscall.Errno
+	switch {
+	case errors.As(err, &lock):
+		return lock.Error()
+	case errors.Is(err, storage.ErrFileType):
+		return fmt.Sprintf("'file' driver requires '%s' to be a regular file", name)
+	case errors.Is(err, block.ErrProtocol):
+		protocol, _ := block.SplitProtocol(name)
+		return fmt.Sprintf("Unknown protocol '%s'", protocol)
+	case errors.As(err, &errno):
+		return fmt.Sprintf("Could not open '%s': %s", name, capital(errno.Error()))
+	}
+	return err.Error()
+}
+
+// capital turns an error number's text into that of the C library, which begins with a capital letter.
+func capital(s string) string {
+	r, n := utf8.DecodeRuneInString(s)
+	return string(unicode.ToUpper(r)) + s[n:]
+}

@@ -1,0 +1,283 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/signal"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/daemon"
+	"github.com/droverproject/drover/nbd"
+)
+
+// exitForced is the code of a program ended by a second signal: that of a shell for SIGINT.
+const exitForced = 130
+
+// defaultListen is used when nothing says where to listen: clients of this host only.
+const defaultListen = "localhost:" + daemon.DefaultPort
+
+func (a *app) serveCommand() *cobra.Command {
+	var s server
+	cmd := &cobra.Command{
+		Use:   "serve [flags] [IMAGE]",
+		Short: "Serve images to NBD clients",
+		Long: `Serve images to NBD clients until interrupted.
+
+IMAGE is the default export, the one of the empty name; --export adds others. A
+client can reach the exports at every --socket and --listen address; without any,
+at localhost:10809, or at the sockets that systemd passed on.
+
+The format of an image is found out from its content, unless --format says it. A
+raw disk is exported writable only with --format raw.
+
+SIGINT and SIGTERM end the server when clients have got their answers and
+everything is written and flushed; a second signal ends it at once.`,
+		Example: `  drover serve --socket /run/vm.sock vm.qcow2
+  drover serve --listen 0.0.0.0 --read-only --export base=base.qcow2 --export iso=cd.iso
+  qemu-system-x86_64 -drive file=nbd+unix:///?socket=/run/vm.sock`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s.app = a
+			return s.run(cmd, args)
+		},
+	}
+	f := cmd.Flags()
+	f.StringArrayVar(&s.sockets, "socket", nil, "listen on a unix socket at `PATH` (may be repeated)")
+	f.StringArrayVar(&s.listen, "listen", nil, "listen on TCP at `HOST[:PORT]` (may be repeated)")
+	f.StringArrayVar(&s.exports, "export", nil, "serve an image under a name: `NAME=IMAGE` (may be repeated)")
+	f.BoolVarP(&s.readOnly, "read-only", "r", false, "let clients change nothing")
+	f.StringVarP(&s.format, "format", "f", "", "`format` of the images")
+	f.StringVar(&s.cacheSize, "cache-size", "", "`size` of the metadata cache of each image")
+	f.BoolVarP(&s.forceShare, "force-share", "U", false, "serve images that somebody else writes to (needs --read-only)")
+	f.IntVar(&s.maxConnections, "max-connections", 100, "serve at most `N` clients at a time, 0 for any number")
+	f.DurationVar(&s.handshake, "handshake-timeout", 10*time.Second, "`time` that a client has to choose an export, 0 for ever")
+	s.policy.add(f)
+	return cmd
+}
+
+// server is one run of serve.
+type server struct {
+	*app
+	sockets, listen, exports []string
+	format, cacheSize        string
+	readOnly, forceShare     bool
+	maxConnections           int
+	handshake                time.Duration
+	policy                   policyFlags
+}
+
+func (s *server) run(cmd *cobra.Command, args []string) error {
+	config, err := s.config(args)
+	if err != nil {
+		return err
+	}
+	if config.Listeners, err = daemon.Activated(os.Getenv); err != nil {
+		return err
+	}
+	if len(config.Addresses)+len(config.Listeners) == 0 {
+		config.Addresses = []daemon.Address{{TCP: defaultListen}}
+	}
+	// From here on a signal means to stop in order, also while images are being opened.
+	ctx, signals := catchSignals(cmd.Context())
+	defer signals.release()
+	d, err := daemon.Open(ctx, config)
+	if err != nil {
+		return serveError(err)
+	}
+	s.announce(d)
+	return s.serve(ctx, d, signals)
+}
+
+func (s *server) serve(ctx context.Context, d *daemon.Daemon, signals *signalWatch) error {
+	done := make(chan error, 1)
+	go func() { done <- d.Serve(ctx) }()
+	s.notify("READY=1")
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	s.notify("STOPPING=1")
+	select {
+	case err := <-done:
+		return err
+	case <-signals.second:
+		return &exitError{exitForced, "ended by a second signal; writes that were not flushed may be lost"}
+	}
+}
+
+// notify tells the service manager, whose absence or failure is no reason to stop.
+func (s *server) notify(state string) {
+	if err := daemon.Notify(os.Getenv, state); err != nil {
+		s.say("%v", err)
+	}
+}
+
+func (s *server) config(args []string) (daemon.Config, error) {
+	c := daemon.Config{NBD: nbd.Options{
+		MaxConnections: orForever(s.maxConnections), HandshakeTimeout: orForever(s.handshake), Observer: s.observer(),
+	}}
+	if s.maxConnections < 0 || s.handshake < 0 {
+		return c, usagef("--max-connections and --handshake-timeout must not be negative")
+	}
+	if s.forceShare && !s.readOnly {
+		return c, usagef("--force-share needs --read-only")
+	}
+	open := block.OpenOptions{
+		Format: s.format, ReadOnly: s.readOnly, ForceShare: s.forceShare, Policy: s.policy.policy(),
+	}
+	if s.cacheSize != "" {
+		if n, err := block.ParseSize(s.cacheSize); err != nil || n <= 0 {
+			return c, usagef("--cache-size %s is not a size", s.cacheSize)
+		}
+		open.Options = map[string]string{"l2-cache-size": s.cacheSize}
+	}
+	if len(args) > 1 {
+		return c, usagef("Unexpected argument: %s (use --export NAME=IMAGE for more than one image)", args[1])
+	}
+	if len(args) == 1 {
+		c.Exports = append(c.Exports, daemon.Export{Image: args[0], Open: open})
+	}
+	for _, text := range s.exports {
+		name, image, ok := strings.Cut(text, "=")
+		if !ok || image == "" {
+			return c, usagef("--export %s: expecting NAME=IMAGE", text)
+		}
+		c.Exports = append(c.Exports, daemon.Export{Name: name, Image: image, Open: open})
+	}
+	if len(c.Exports) == 0 {
+		return c, usagef("Expecting an image file name or --export NAME=IMAGE")
+	}
+	for _, path := range s.sockets {
+		c.Addresses = append(c.Addresses, daemon.Address{Socket: path})
+	}
+	for _, addr := range s.listen {
+		c.Addresses = append(c.Addresses, daemon.Address{TCP: addr})
+	}
+	return c, nil
+}
+
+// orForever translates the zero of a flag, no bound, into that of nbd.Options, a negative number.
+func orForever[T int | time.Duration](n T) T {
+	if n == 0 {
+		return -1
+	}
+	return n
+}
+
+// announce says where clients find what.
+func (s *server) announce(d *daemon.Daemon) {
+	exports := d.Exports()
+	for _, uri := range d.URIs("") {
+		s.printf("%s\n", uri)
+	}
+	for _, e := range exports {
+		mode := "read-write"
+		if e.ReadOnly {
+			mode = "read-only"
+		}
+		s.printf("export %q: %s, %s, %s (%d bytes), %s\n", e.Name, e.Image, e.Format, humanSize(uint64(e.Size)), e.Size, mode)
+	}
+}
+
+// observer reports what an administrator should know, not what a client does every day.
+func (s *server) observer() nbd.Observer {
+	var mu sync.Mutex // messages of several connections must not mix
+	say := func(format string, args ...any) {
+		mu.Lock()
+		defer mu.Unlock()
+		s.say(format, args...)
+	}
+	var failures limiter
+	return nbd.Observer{
+		Disconnected: func(c nbd.Conn, _ nbd.Stats, err error) {
+			if err != nil && c.Export != "" {
+				say("client %d %s of export %q: %v", c.ID, c.Remote, c.Export, err)
+			}
+		},
+		RequestFailed: func(c nbd.Conn, cmd nbd.Command, off, n uint64, err error) {
+			if ok, dropped := failures.allow(time.Now()); ok {
+				say("export %q: %v of %d bytes at offset %d failed: %v%s", c.Export, cmd, n, off, err, andDropped(dropped))
+			}
+		},
+		AcceptFailed: func(_ net.Addr, err error) { say("accepting a client: %v", err) },
+	}
+}
+
+// limiter lets one message a second through and counts the rest, so that a broken disk cannot fill the log's disk.
+type limiter struct {
+	mu      sync.Mutex
+	last    time.Time
+	dropped int
+}
+
+func (l *limiter) allow(now time.Time) (ok bool, dropped int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if now.Sub(l.last) < time.Second {
+		l.dropped++
+		return false, 0
+	}
+	dropped, l.dropped, l.last = l.dropped, 0, now
+	return true, dropped
+}
+
+func andDropped(n int) string {
+	if n == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" (and %d more)", n)
+}
+
+// serveError words failures to open as the other commands do.
+func serveError(err error) error {
+	var layer *block.OpenError
+	if errors.As(err, &layer) && layer.Kind == "" {
+		return openError(layer.Name, err)
+	}
+	return err
+}
+
+// signalWatch turns the first signal into the end of a context and the second into the end of patience.
+type signalWatch struct {
+	second chan struct{}
+	stop   func()
+}
+
+func catchSignals(parent context.Context) (context.Context, *signalWatch) {
+	ctx, cancel := context.WithCancel(parent)
+	incoming := make(chan os.Signal, 2)
+	signal.Notify(incoming, os.Interrupt, syscall.SIGTERM)
+	w := &signalWatch{second: make(chan struct{})}
+	quit := make(chan struct{})
+	w.stop = func() {
+		signal.Stop(incoming)
+		close(quit)
+		cancel()
+	}
+	go func() {
+		for n := 0; n < 2; n++ {
+			select {
+			case <-quit:
+				return
+			case <-incoming:
+			}
+			if n == 0 {
+				cancel()
+			} else {
+				close(w.second)
+			}
+		}
+	}()
+	return ctx, w
+}
+
+func (w *signalWatch) release() { w.stop() }

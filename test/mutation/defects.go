@@ -1,0 +1,156 @@
+// Package mutation tests the tests. It breaks the engine on purpose, one defect at a time, and demands that the suite
+// notices each: a safety test that cannot fail shows nothing.
+//
+// A defect is a replacement in one source file, applied by the compiler's overlay: the tree is never touched. The test
+// itself is behind the build tag "mutation" (make mutation).
+package mutation
+
+// Defect is one deliberate mistake.
+type Defect struct {
+	Name string
+	// Breaks says, for docs/safety.md, what the engine no longer does.
+	Breaks string
+	File   string
+	// Old stands exactly once in File and is replaced by New.
+	Old, New string
+}
+
+const (
+	store    = "qcow2/internal/meta/store.go"
+	refcount = "qcow2/internal/meta/refcount.go"
+	refflush = "qcow2/internal/meta/refflush.go"
+	mapping  = "qcow2/internal/meta/mapping.go"
+	epoch    = "qcow2/internal/meta/epoch.go"
+	ranges   = "qcow2/internal/meta/ranges.go"
+	writelog = "qcow2/internal/meta/writelog.go"
+	writer   = "qcow2/write.go"
+	reader   = "qcow2/read.go"
+	zero     = "qcow2/zero.go"
+	layout   = "qcow2/internal/format/layout.go"
+	entries  = "qcow2/internal/format/entries.go"
+)
+
+// Defects are the mistakes that the suite must catch.
+var Defects = []Defect{
+	// The flush pipeline.
+	{"skip-first-sync", "pointers are written before what they point to is durable", store,
+		"if pointers && g.ordered {", "if pointers && g.ordered && s == nil {"},
+	{"skip-last-sync", "a flush is acknowledged before its pointers are durable", store,
+		"			return err\n		}\n	}\n	return s.sync()\n}", "			return err\n		}\n	}\n	return nil\n}"},
+	{"skip-middle-sync", "pointers are written before the refcount blocks that count their clusters are valid", store,
+		"			if err := s.sync(); err != nil {\n				return err\n			}\n		}\n	}", "		}\n	}"},
+	{"all-slices-first", "entries of reachable L2 tables are written before their data is durable", store,
+		"if s.t.exposed.Load() {", "if s.t.exposed.Load() && m == nil {"},
+	{"all-slices-last", "a new L2 table is written together with the L1 entry that makes it reachable", store,
+		"if s.t.exposed.Load() {", "if s.t.exposed.Load() || m != nil {"},
+	{"never-exposed", "an L2 table counts as unreachable for ever", store,
+		"		t.exposed.Store(true)\n", "		_ = t\n"},
+	{"refcounts-frozen-first", "a flush may write an entry whose refcount it froze too early", store,
+		"	s.Map.freezeL1(g)\n	s.Map.freezeSlices(g)\n	g.refs = s.Refs.freeze()\n",
+		"	g.refs = s.Refs.freeze()\n	runtime.Gosched()\n	s.Map.freezeL1(g)\n	s.Map.freezeSlices(g)\n"},
+	{"new-data-needs-no-sync", "entries that gained data do not order a sync", store,
+		"		g.ordered = g.ordered || s.fresh\n", ""},
+	{"retired-cut-last", "a reference may be given up before the entry that held it is written", store,
+		"	g.retired = s.Refs.takeRetired()\n	s.Map.freezeL1(g)\n	s.Map.freezeSlices(g)\n",
+		"	s.Map.freezeL1(g)\n	s.Map.freezeSlices(g)\n	runtime.Gosched()\n	g.retired = s.Refs.takeRetired()\n"},
+	{"failed-flush-forgets-slices", "a failed flush is not tried again", store,
+		"			m.markDirty(f.s)\n			f.s.mu.Unlock()\n", "			f.s.mu.Unlock()\n"},
+	{"failed-flush-forgets-refcounts", "refcounts of a failed flush are not written again", store,
+		"	s.Refs.thaw(&g.refs)\n", ""},
+	{"failed-flush-loses-room", "clusters given up in a failed flush are never freed", store,
+		"	s.Refs.putBackRetired(g.retired)\n", ""},
+	{"failed-flush-forgets-l1", "L1 entries of a failed flush are not written again", store,
+		"		m.markL1(f.chunk, m.chunks[f.chunk].Load(), f.lo, f.hi)\n", "		_ = f\n"},
+	{"failed-sync-trusted", "data written before a failed sync counts as durable", store,
+		"	s.log.lost(g.wrote)\n", ""},
+	{"flush-joins-nobody", "a flush that finds another running returns at once", store,
+		"	case <-b.done:\n		return b.err\n", "	default:\n		return nil\n"},
+	{"close-flushes-once", "the counts of clusters freed last are lost at close", store,
+		"	for range 2 {\n", "	for range 1 {\n"},
+	{"overwrite-not-noted", "an overwrite orders no sync", writer,
+		"	im.meta.Wrote(host, int64(len(p))) // also", "	// also"},
+	{"marks-outlive-the-cut", "a write after a flush is taken for one that the flush covered", writelog,
+		"			l.seen[i].Store(0)\n", "			_ = i\n"},
+
+	// Reclaim.
+	{"reuse-at-once", "a cluster is free before the removal of its last reference is durable", writer,
+		"		refs.Retire(r)\n", "		_ = refs.Apply(r.ClusterRun)\n"},
+	{"reuse-under-readers", "a cluster is free while a request may still read it", epoch,
+		"	for e.current.Load() < tag+2 {", "	for e.current.Load() < tag {"},
+	{"advance-with-requests", "the epoch advances past running requests", epoch,
+		"	if !e.drained((epoch + 1) & 1) {", "	if !e.drained((epoch+1)&1) && epoch == 0 {"},
+	{"punch-after-free", "a hole is punched in a cluster that somebody else may own by then", store,
+		"			if r.Punch {\n				// A failed", `			if r.Punch {
+				if err := s.Refs.Apply(run); err != nil {
+					return r, err
+				}
+				runtime.Gosched()
+				_ = s.file.PunchHole(int64(s.Layout.Offset(run.First)), n<<s.Layout.ClusterBits)
+				r.First, r.N = run.End(), r.N-n
+				continue
+			}
+			if r.Punch {
+				// A failed`},
+	{"quiesce-waits-for-nobody", "a check runs beside requests", epoch,
+		"	e.door.Store(doorHeld)\n	e.waitEmpty()\n", "	e.door.Store(doorHeld)\n"},
+
+	// The allocator.
+	{"count-not-raised", "a cluster is handed out and still counts as free", refcount,
+		"	rc.mark(run)\n", "	rc.increased = true\n"},
+	{"wrong-width", "every refcount is taken for 16 bits wide when noting what to write", refcount,
+		"int(slot*int64(rc.lay.RefcountBits())/8)", "int(slot*16/8)%int(rc.lay.ClusterSize())"},
+	{"block-does-not-count-itself", "a new refcount block lies in a free cluster", refcount,
+		"	rc.countOwn(ClusterRun{at, 1})\n", ""},
+	{"old-table-kept", "the clusters of a refcount table that moved are never freed", refcount,
+		"	rc.retired = append(rc.retired, Retired{ClusterRun: old})\n", "	_ = old\n"},
+	{"recycled-counts-as-virgin", "old bytes of a recycled cluster show through", refcount,
+		"	rc.virgin = max(rc.virgin, c+1)\n", ""},
+	{"moved-table-not-named", "the header goes on naming the refcount table that was left", refflush,
+		"	if f.table != nil {\n		b := format.EncodeRefTablePointer", "	if f.table != nil && rc == nil {\n		b := format.EncodeRefTablePointer"},
+	{"new-blocks-not-named", "the refcount table never gets the entries of new blocks", refflush,
+		"	for _, i := range f.newBlocks {\n		at :=", "	for _, i := range f.newBlocks[len(f.newBlocks):] {\n		at :="},
+	{"guard-asleep", "guest data may be written over the header and the tables", store,
+		"		if r.overlaps(s.fixed[i].run) {", "		if r.overlaps(s.fixed[i].run) && r.N < 0 {"},
+
+	// The mapping.
+	{"forget-copied", "an entry of a cluster with one owner does not say so", writer,
+		"return format.MakeL2(a.host+format.HostOff(k<<im.lay.ClusterBits), true)",
+		"return format.MakeL2(a.host+format.HostOff(k<<im.lay.ClusterBits), false)"},
+	{"ignore-copied", "a cluster shared with a snapshot is overwritten in place", writer,
+		"	return kind == format.KindNormal && copied\n", "	return kind == format.KindNormal\n"},
+	{"share-l2-tables", "an L2 table shared with a snapshot is changed in place", mapping,
+		"	if e.Offset() != 0 && e.Copied() {\n		return m.tableLocked", "	if e.Offset() != 0 {\n		return m.tableLocked"},
+	{"old-l2-table-kept", "a shared L2 table keeps a reference after the copy", mapping,
+		"		m.rc.Retire(Retired{ClusterRun: ClusterRun{m.lay.Cluster(e.Offset()), 1}, Punch: true})\n", "		_ = e\n"},
+	{"drop-a-waiter", "two requests map one guest cluster at the same time", ranges,
+		"	for _, c := range wait {\n", "	for _, c := range wait[len(wait):] {\n"},
+	{"edit-evicted-slice", "an entry is changed in a slice that is no longer the cached one", mapping,
+		"	if s.dead {\n		return false\n	}\n	s.pins++", "	s.pins++"},
+	{"evict-dirty", "a slice is evicted with changes the disk has not", mapping,
+		"	if s.pins > 0 || s.dirty || s.writing {", "	if s.pins > 0 {"},
+	{"edit-not-dirty", "a changed slice is not written", mapping,
+		"	if changed {\n		e.m.markDirty(s)\n	}\n", "	_ = changed\n"},
+	{"l1-not-dirty", "a changed L1 entry is not written", mapping,
+		"	m.markL1(l1/l1ChunkEntries, chunk, k, k+1)\n", ""},
+	{"short-data-run", "a run of data continues over a gap on the host", mapping,
+		"		next := uint64(first) + uint64(m.lay.ClusterSize())\n		for run.N < limit && s.words[i+run.N].Load() == next {",
+		"		next := uint64(first) + uint64(m.lay.ClusterSize())\n		for run.N < limit && s.words[i+run.N].Load()&^(1<<20-1) == next&^(1<<20-1) {"},
+
+	// Data.
+	{"no-copy-on-write", "what surrounds a partial write is lost", writer,
+		"	if err := im.read(ctx, b[:inside], off); err != nil {", "	if err := ctx.Err(); err != nil {"},
+	{"no-zeroes-around", "a partial write to a zero cluster shows old bytes around it", writer,
+		"		return !a.virgin, nil\n", "		return false, nil\n"},
+	{"failed-write-keeps-clusters", "clusters of a failed write leak", writer,
+		"	if !a.fresh {\n		return err\n	}\n", "	if !a.fresh || err != nil {\n		return err\n	}\n"},
+	{"compressed-frees-one", "of a compressed cluster over two host clusters one leaks", writer,
+		"		r.First, r.N = first, int64(last-first)+1\n", "		r.First, r.N = first, min(int64(last-first)+1, 1)\n"},
+	{"discard-keeps-entry", "a discarded cluster is freed and still referred to", zero,
+		"			return format.L2Zero, true\n		}\n", "			return e, true\n		}\n"},
+	{"short-backing-stale", "a read past a short backing file leaves the buffer as it was", reader,
+		"		p = p[n:]\n	}\n	clear(p)\n	return nil\n}", "		p = p[n:]\n	}\n	return nil\n}"},
+	{"compressed-one-sector-short", "the last sector of a compressed cluster is not read", entries,
+		"	return off, (sectors+1)*SectorSize - int64(off%SectorSize)\n", "	return off, max(sectors, 1)*SectorSize - int64(off%SectorSize)\n"},
+	{"l2-index-wraps-early", "half of each L2 table is used twice", layout,
+		"func (l Layout) L2Entries() int64 { return 1 << l.l2Bits() }", "func (l Layout) L2Entries() int64 { return 1 << (l.l2Bits() - 1) }"},
+}
