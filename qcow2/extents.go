@@ -113,6 +113,6 @@ func (im *Image) backingExtents(ctx context.Context, off, n int64, fn func(block
 	if n == 0 {
 		return true, nil
 	}
-	// Behind the end of the backing device its layer decides: zeroes, as if allocated there.
-	return fn(block.Extent{Off: off, Len: n, Depth: 1, Allocated: true, Zero: true}), nil
+	// Behind the end of the backing device this image is the last layer.
+	return fn(block.Extent{Off: off, Len: n, Zero: true}), nil
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/format"
@@ -47,7 +48,8 @@ type Image struct {
 	readOnly bool
 	meta     *meta.Store
 	clusters *clusterCache
-	cow      sync.Pool // *[]byte, two clusters long
+	cow      sync.Pool     // *[]byte, two clusters long
+	zeroedAt atomic.Uint64 // the epoch in which entries last became zero, see mayReuseZeroed
 
 	life sync.RWMutex // held for reading by flushes, for writing by the end of Close
 }

@@ -19,11 +19,9 @@ import (
 
 // variant is one point of the option grid that the model test draws from.
 type variant struct {
-	create   qcow2.CreateOptions
-	backing  int64 // size of the backing device, 0: none
-	cache    int64
-	reopen   bool
-	fallback bool
+	create  qcow2.CreateOptions
+	backing int64 // size of the backing device, 0: none
+	cache   int64
 }
 
 func (v variant) String() string {

@@ -163,7 +163,8 @@ func (a *allocation) plan(most int64) (bool, error) {
 	if inPlace(kind, e.Copied()) {
 		return false, nil
 	}
-	if reusable(kind, e) {
+	reuse := im.mayReuseZeroed()
+	if reuse && reusable(kind, e) {
 		a.host = e.HostOffset()
 		for a.n = 1; a.n < most; a.n++ {
 			next := a.edit.Entry(a.n)
@@ -176,7 +177,7 @@ func (a *allocation) plan(most int64) (bool, error) {
 	for a.n = 1; a.n < most; a.n++ {
 		next := a.edit.Entry(a.n)
 		k := im.lay.Kind(next)
-		if inPlace(k, next.Copied()) || reusable(k, next) || k == format.KindInvalid {
+		if inPlace(k, next.Copied()) || reuse && reusable(k, next) || k == format.KindInvalid {
 			break
 		}
 	}
@@ -187,6 +188,11 @@ func (a *allocation) plan(most int64) (bool, error) {
 	a.n, a.host, a.fresh, a.virgin = run.N, im.lay.Offset(run.First), true, virgin
 	return true, nil
 }
+
+// mayReuseZeroed reports whether no request can be running that took a cluster for data before it was zeroed with its
+// host cluster kept. Such a reader would see what is written there now before the mapping shows it, and such a writer
+// would write over it. Until they have ended, writes to zeroed clusters go to new ones.
+func (im *Image) mayReuseZeroed() bool { return im.meta.Epochs.Safe(im.zeroedAt.Load()) }
 
 // reusable reports whether a zero cluster keeps a host cluster of its own that data can go to.
 func reusable(kind format.L2Kind, e format.L2Entry) bool {

@@ -231,5 +231,17 @@ func (im *Image) changeEntries(ctx context.Context, c meta.GuestCluster, n int64
 		return entry
 	})
 	old.retire(im.meta.Refs)
+	im.noteZeroed()
 	return n, nil
+}
+
+// noteZeroed remembers the epoch in which entries became zero. It is called while their range is still held, so whoever
+// finds one of them later finds the epoch too.
+func (im *Image) noteZeroed() {
+	for {
+		then, now := im.zeroedAt.Load(), im.meta.Epochs.Now()
+		if now <= then || im.zeroedAt.CompareAndSwap(then, now) {
+			return
+		}
+	}
 }

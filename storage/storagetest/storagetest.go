@@ -519,7 +519,7 @@ func testModel(t *testing.T, f storage.File) {
 	var model []byte
 	for step := range steps {
 		off, n := randomRange(rng, limit)
-		what := fmt.Sprintf("step %d", step)
+		var what string
 		switch op := rng.IntN(20); {
 		case op < 8:
 			what = "WriteAt"

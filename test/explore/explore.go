@@ -106,6 +106,9 @@ type Start struct {
 	Name    string
 	Create  qcow2.CreateOptions
 	Backing bool // half the disk lies in a backing device, at version 1
+	// Fill is how many bytes at the end of the disk are written before the start and left alone afterwards, so that the
+	// file is as large as it takes.
+	Fill int64
 	// QEMU, when not empty, has qemu-img make the image by converting the disk at version 1 with these arguments, and
 	// Snapshot then has it take an internal snapshot.
 	QEMU     []string
@@ -125,7 +128,9 @@ type Disk struct {
 // Starts are the images that the explorers begin with: every shape of table and cluster that a write can meet.
 func Starts() []Start {
 	return []Start{
-		{Name: "tiny clusters, table growth", Create: qcow2.CreateOptions{ClusterSize: 512, RefcountBits: 64, Size: 192 << 10}},
+		{Name: "tiny clusters, block growth", Create: qcow2.CreateOptions{ClusterSize: 512, RefcountBits: 64, Size: 192 << 10}},
+		// One cluster of refcount table describes 2 MiB here.
+		{Name: "tiny clusters, table growth", Create: qcow2.CreateOptions{ClusterSize: 512, RefcountBits: 64, Size: 2028 << 10}, Fill: 1900 << 10},
 		{Name: "tiny clusters, backing", Create: qcow2.CreateOptions{ClusterSize: 512, Size: 96 << 10}, Backing: true},
 		{Name: "4k, backing, odd size", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 256<<10 + 1536}, Backing: true},
 		{Name: "4k, version 2", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10, Version: 2}},
@@ -149,7 +154,7 @@ func (s Start) Make(t testing.TB) *Disk {
 	if cluster == 0 {
 		cluster = 64 << 10
 	}
-	d := &Disk{Start: s, Sectors: s.Create.Size / SectorSize, Cluster: cluster / SectorSize}
+	d := &Disk{Start: s, Sectors: (s.Create.Size - s.Fill) / SectorSize, Cluster: cluster / SectorSize}
 	if s.QEMU != nil {
 		d.first = d.Sectors * 3 / 4
 		d.Image = s.makeByQEMU(t, d)
@@ -165,7 +170,25 @@ func (s Start) Make(t testing.TB) *Disk {
 	if err := qcow2.Create(context.Background(), d.Image, o); err != nil {
 		t.Fatalf("%s: create: %v", s.Name, err)
 	}
+	s.fill(t, d)
 	return d
+}
+
+func (s Start) fill(t testing.TB, d *Disk) {
+	t.Helper()
+	if s.Fill == 0 {
+		return
+	}
+	im, err := d.Open(d.Image, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := im.WriteAt(context.Background(), bytes.Repeat([]byte{'f'}, int(s.Fill)), d.Sectors*SectorSize, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func (s Start) makeByQEMU(t testing.TB, d *Disk) *storage.MemFile {
@@ -254,8 +277,10 @@ type memDevice struct{ b []byte }
 // NewMemDevice returns a read-only device of the given content.
 func NewMemDevice(b []byte) block.Device { return memDevice{b} }
 
-func (d memDevice) Size() int64      { return int64(len(d.b)) }
-func (d memDevice) Info() block.Info { return block.Info{Format: "raw", Name: "base.raw", ReadOnly: true} }
+func (d memDevice) Size() int64 { return int64(len(d.b)) }
+func (d memDevice) Info() block.Info {
+	return block.Info{Format: "raw", Name: "base.raw", ReadOnly: true}
+}
 func (d memDevice) ReadAt(_ context.Context, p []byte, off int64) error {
 	if err := block.CheckRange(off, int64(len(p)), d.Size()); err != nil {
 		return err

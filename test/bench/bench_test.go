@@ -1,0 +1,52 @@
+package main
+
+import (
+	"strings"
+	"testing"
+)
+
+func TestRatiosArePairedByRound(t *testing.T) {
+	r := result{Case: "c", Samples: []sample{
+		{Contender: "a", Round: 0, OpsPerSecond: 10}, {Contender: "b", Round: 0, OpsPerSecond: 5},
+		{Contender: "b", Round: 1, OpsPerSecond: 100}, {Contender: "a", Round: 1, OpsPerSecond: 300},
+		{Contender: "a", Round: 2, OpsPerSecond: 8}, {Contender: "b", Round: 2, OpsPerSecond: 8},
+	}}
+	cfg := config{contenders: []contender{{name: "a"}, {name: "b"}}, rounds: 3, seconds: 1, sizeMiB: 64}
+	report := markdownReport(cfg, []result{r}, "a machine")
+	if want := "| c | a | 10.0 | 2.00 (1.00 to 3.00) |"; !strings.Contains(report, want) {
+		t.Errorf("the report lacks %q:\n%s", want, report)
+	}
+	if want := "| c | b | 8.00 | 1 |"; !strings.Contains(report, want) {
+		t.Errorf("the report lacks %q:\n%s", want, report)
+	}
+}
+
+func TestParseFio(t *testing.T) {
+	out := `fio: connected to NBD server
+{"jobs": [{"error": 0, "read": {"total_ios": 300, "runtime": 1500}, "write": {"total_ios": 0, "runtime": 0}}]}`
+	ops, seconds, err := parseFio([]byte(out))
+	if err != nil || ops != 300 || seconds != 1.5 {
+		t.Errorf("got %d operations in %g s, %v", ops, seconds, err)
+	}
+	for _, bad := range []string{"", "{}", `{"jobs": [{"error": 5}]}`, `{"jobs": [{"error": 0}]}`} {
+		if _, _, err := parseFio([]byte(bad)); err == nil {
+			t.Errorf("%q is no report", bad)
+		}
+	}
+}
+
+func TestEveryCaseHasItsOwnName(t *testing.T) {
+	seen := make(map[string]bool)
+	for _, w := range workloads() {
+		if seen[w.Name] {
+			t.Errorf("two cases are called %s", w.Name)
+		}
+		seen[w.Name] = true
+	}
+	if _, err := selectCases("no such case"); err == nil {
+		t.Error("an expression that selects nothing must be an error")
+	}
+	if _, err := selectContenders("drover,nobody", "drover"); err == nil {
+		t.Error("an unknown contender must be an error")
+	}
+}
