@@ -235,7 +235,7 @@ func zeroDevice(file storage.File, off, n int64) error {
 
 // preallocate maps every cluster of the new image in file and makes room for it on the host.
 func preallocate(ctx context.Context, file storage.File, o CreateOptions) error {
-	im, err := Open(ctx, file, Options{})
+	im, err := Open(ctx, file, Options{CacheCleanInterval: -1})
 	if err != nil {
 		return fmt.Errorf("preallocating: %w", err)
 	}

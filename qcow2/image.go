@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/format"
@@ -19,6 +21,8 @@ import (
 const (
 	DefaultCacheSize        = 32 << 20
 	DefaultClusterCacheSize = 16 << 20
+	// DefaultCacheCleanInterval is how often cached L2 tables are dropped that nobody used in the meantime.
+	DefaultCacheCleanInterval = 10 * time.Minute
 )
 
 // Options say how an image is opened.
@@ -32,6 +36,9 @@ type Options struct {
 	DataFile storage.File
 	// CacheSize bounds the cache of L2 tables, ClusterCacheSize that of decompressed clusters; 0 means the default.
 	CacheSize, ClusterCacheSize int64
+	// CacheCleanInterval is how often cached L2 tables are dropped that nobody used in the meantime; 0 means the default,
+	// a negative value never.
+	CacheCleanInterval time.Duration
 }
 
 // Image is an open QCOW2 image, a block.Device.
@@ -50,6 +57,9 @@ type Image struct {
 	clusters *clusterCache
 	cow      sync.Pool     // *[]byte, two clusters long
 	zeroedAt atomic.Uint64 // the epoch in which entries last became zero, see mayReuseZeroed
+
+	stopSweeps chan struct{} // closed to end the goroutine that sweeps the cache, nil when there is none
+	swept      sync.WaitGroup
 
 	life sync.RWMutex // held for reading by flushes, for writing by the end of Close
 }
@@ -75,7 +85,7 @@ func openFormat(ctx context.Context, file storage.File, o block.FormatOptions) (
 		return nil, err
 	}
 	opts := Options{Name: o.Name, ReadOnly: o.ReadOnly}
-	if opts.CacheSize, err = cacheSize(o.Options); err != nil {
+	if err := opts.runtime(o.Options); err != nil {
 		return nil, err
 	}
 	if hdr.Incompat&format.IncompatDataFile != 0 {
@@ -106,16 +116,26 @@ func closeAll(o Options) {
 	}
 }
 
-func cacheSize(o map[string]string) (int64, error) {
-	v, ok := o["l2-cache-size"]
-	if !ok {
-		return 0, nil
+// runtime takes over the options that go by QEMU's names.
+func (o *Options) runtime(byName map[string]string) error {
+	if v, ok := byName["l2-cache-size"]; ok {
+		n, err := block.ParseSize(v)
+		if err != nil || n <= 0 {
+			return fmt.Errorf("l2-cache-size=%s is not a size", v)
+		}
+		o.CacheSize = n
 	}
-	n, err := block.ParseSize(v)
-	if err != nil || n <= 0 {
-		return 0, fmt.Errorf("l2-cache-size=%s is not a size", v)
+	if v, ok := byName["cache-clean-interval"]; ok {
+		n, err := strconv.ParseUint(v, 10, 32)
+		if err != nil {
+			return fmt.Errorf("cache-clean-interval=%s is not a number of seconds", v)
+		}
+		o.CacheCleanInterval = time.Duration(n) * time.Second
+		if n == 0 {
+			o.CacheCleanInterval = -1
+		}
 	}
-	return n, nil
+	return nil
 }
 
 // Open opens the image in file. On success the image owns the file, the backing device and the data file; on failure
@@ -149,7 +169,31 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 			return nil, err
 		}
 	}
+	im.startSweeps(o.CacheCleanInterval)
 	return im, nil
+}
+
+// startSweeps has a goroutine give idle cache memory back from time to time.
+func (im *Image) startSweeps(every time.Duration) {
+	if every == 0 {
+		every = DefaultCacheCleanInterval
+	}
+	if every < 0 {
+		return
+	}
+	im.stopSweeps = make(chan struct{})
+	im.swept.Go(func() {
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				im.meta.Map.Sweep()
+			case <-im.stopSweeps:
+				return
+			}
+		}
+	})
 }
 
 func or(v, def int64) int64 {
@@ -321,6 +365,10 @@ func (im *Image) enter() (meta.Ticket, error) {
 func (im *Image) Close() error {
 	if !im.meta.Epochs.Close() {
 		return block.ErrClosed
+	}
+	if im.stopSweeps != nil {
+		close(im.stopSweeps)
+		im.swept.Wait()
 	}
 	err := im.meta.Settle(context.Background())
 	im.life.Lock()

@@ -235,7 +235,8 @@ func (d *Disk) Initial(sector int64) Version {
 
 // Open opens the disk in a file that stays open when the image is closed.
 func (d *Disk) Open(f storage.File, readOnly bool) (*qcow2.Image, error) {
-	return qcow2.Open(context.Background(), KeepOpen{f}, qcow2.Options{ReadOnly: readOnly, CacheSize: 1, ClusterCacheSize: 1, Backing: d.Backing})
+	return qcow2.Open(context.Background(), KeepOpen{f}, qcow2.Options{ReadOnly: readOnly, CacheSize: 1,
+		ClusterCacheSize: 1, CacheCleanInterval: -1, Backing: d.Backing})
 }
 
 // Draw draws a request. Versions must be at least 2.

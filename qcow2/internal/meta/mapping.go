@@ -311,6 +311,21 @@ func (m *Mapping) admit(s *slice) {
 	m.ring = append(m.ring, s)
 }
 
+// Sweep drops the slices that nobody used since the last sweep (or since the eviction clock passed) and that hold nothing
+// the disk does not.
+func (m *Mapping) Sweep() {
+	m.ringMu.Lock()
+	defer m.ringMu.Unlock()
+	kept := m.ring[:0]
+	for _, s := range m.ring {
+		if !s.evict() {
+			kept = append(kept, s)
+		}
+	}
+	clear(m.ring[len(kept):])
+	m.ring, m.hand = kept, 0
+}
+
 // evict takes a slice out of the cache unless it was used lately, is pinned, or holds what the disk does not.
 func (s *slice) evict() bool {
 	if s.used.Load() {
