@@ -161,7 +161,7 @@ func (w *workload) flush(id int, fail bool) error {
 	return err
 }
 
-// run has clients make steps requests each, and closes the image. A close that succeeded is a flush.
+// run has clients make steps requests each, and closes the image.
 func (w *workload) run(seed uint64, clients, steps int) {
 	var wg sync.WaitGroup
 	for c := range clients {
@@ -176,6 +176,11 @@ func (w *workload) run(seed uint64, clients, steps int) {
 		})
 	}
 	wg.Wait()
+	w.close()
+}
+
+// close closes the image. One that succeeded is a flush.
+func (w *workload) close() {
 	w.file.Mark(markFlush{-1})
 	if err := w.im.Close(); err != nil {
 		w.t.Fatal(err)
@@ -439,6 +444,52 @@ func TestCreate(t *testing.T) {
 			})
 			if err != nil {
 				t.Fatal(err)
+			}
+		})
+	}
+}
+
+// TestScenarios are short histories that a random workload seldom meets, each under every crash.
+func TestScenarios(t *testing.T) {
+	type step struct {
+		kind     explore.Kind
+		first, n int64
+	}
+	w := func(first, n int64) step { return step{kind: explore.Write, first: first, n: n} }
+	z := func(first, n int64) step { return step{kind: explore.Zeroes, first: first, n: n} }
+	d := func(first, n int64) step { return step{kind: explore.Discard, first: first, n: n} }
+	flush := step{kind: explore.Flush}
+	for name, steps := range map[string][]step{
+		// The zeroed cluster keeps its host cluster, and with it bytes that must never show again.
+		"zeroed, then written in part":      {w(0, 16), flush, z(0, 16), flush, flush, w(3, 2), flush, w(9, 1)},
+		"discarded, then its cluster again": {w(0, 16), flush, d(0, 8), flush, flush, w(16, 8), flush, w(24, 3)},
+		"written over its own discard":      {w(0, 8), flush, d(0, 8), w(2, 1), flush, d(0, 8), flush, flush, w(0, 8)},
+		"table by table":                    {w(0, 1), w(64, 1), flush, w(128, 1), flush, d(0, 8), d(64, 8), flush, w(192, 8)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for _, cs := range []int64{512, 4096} {
+				start := explore.Start{Name: name, Create: qcow2.CreateOptions{ClusterSize: cs, Size: 128 << 10}}
+				work := newWorkload(t, start.Make(t), false)
+				for i, s := range steps {
+					id := i + 1
+					if s.kind == explore.Flush {
+						if err := work.flush(id, false); err != nil {
+							t.Fatal(err)
+						}
+						continue
+					}
+					op := explore.Op{Kind: s.kind, First: s.first, N: s.n}
+					if s.kind == explore.Write {
+						op.Version = explore.Version(id + 1)
+					}
+					work.file.Mark(markBegin{id, op})
+					if err := op.Run(work.im); err != nil {
+						t.Fatal(err)
+					}
+					work.file.Mark(markDone{id})
+				}
+				work.close()
+				judge(t, work, 1)
 			}
 		})
 	}

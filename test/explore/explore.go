@@ -245,13 +245,13 @@ func (d *Disk) Draw(r *rand.Rand, v Version) Op {
 	n := 1 + r.Int64N(min(d.Sectors-first, 1+r.Int64N(3*d.Cluster+8)))
 	op := Op{First: first, N: n, Version: v}
 	switch k := r.IntN(24); {
-	case k < 13:
+	case k < 11:
 		op.Kind = Write
-	case k < 15:
+	case k < 13:
 		op.Kind = Zeroes
-	case k < 17:
+	case k < 15:
 		op.Kind = ZeroesUnmap
-	case k < 20 && (d.Create.Version != 2 || d.Backing == nil): // there, discards are left alone
+	case k < 18 && (d.Create.Version != 2 || d.Backing == nil): // there, discards are left alone
 		op.Kind = Discard
 		op.First = first / d.Cluster * d.Cluster
 		op.N = min((n+d.Cluster-1)/d.Cluster*d.Cluster, d.Sectors-op.First)

@@ -62,7 +62,11 @@ func newWorkload(t *testing.T, s explore.Start, seed uint64) *workload {
 	w := &workload{disk: s.Make(t)}
 	r := rand.New(rand.NewPCG(seed, 5))
 	for i := range steps {
-		w.ops = append(w.ops, w.disk.Draw(r, explore.Version(i+2)))
+		op := w.disk.Draw(r, explore.Version(i+2))
+		if i%8 == 7 || i >= steps-2 { // the last two do what a close does
+			op = explore.Op{Kind: explore.Flush}
+		}
+		w.ops = append(w.ops, op)
 	}
 	return w
 }

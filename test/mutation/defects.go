@@ -76,7 +76,7 @@ var Defects = []Defect{
 	{"reuse-at-once", "a cluster is free before the removal of its last reference is durable", writer,
 		"		refs.Retire(r)\n", "		_ = refs.Apply(r.ClusterRun)\n"},
 	{"reuse-under-readers", "a cluster is free while a request may still read it", epoch,
-		"	for e.current.Load() < tag+2 {", "	for e.current.Load() < tag {"},
+		"	for e.current.Load() < tag+2 &&", "	for e.current.Load() < tag &&"},
 	{"advance-with-requests", "the epoch advances past running requests", epoch,
 		"	if !e.drained((epoch + 1) & 1) {", "	if !e.drained((epoch+1)&1) && epoch == 0 {"},
 	{"punch-after-free", "a hole is punched in a cluster that somebody else may own by then", store,

@@ -30,6 +30,8 @@ type Epochs struct {
 	running [2][epochStripes]stripe // by parity of the epoch
 
 	door atomic.Uint32 // doorOpen, doorHeld or doorClosed; changed under mu
+	// empty: the door is not open and everybody inside has left. What the counts show then are requests that knock.
+	empty atomic.Bool
 	mu   sync.Mutex
 	cond sync.Cond
 	held int // nested Quiesce calls
@@ -58,22 +60,20 @@ func NewEpochs() *Epochs {
 func (e *Epochs) Enter() (Ticket, error) {
 	s := uint8(rand.Uint32() % epochStripes)
 	for {
+		if e.door.Load() != doorOpen {
+			if err := e.waitForDoor(); err != nil {
+				return Ticket{}, err
+			}
+		}
 		epoch := e.current.Load()
 		t := Ticket{uint8(epoch & 1), s}
 		e.running[t.parity][s].n.Add(1)
 		// The count is up before the epoch and the door are looked at again: whoever changes either and then finds
 		// the counts at zero can be sure that no request slipped in under the old value.
-		if e.current.Load() != epoch {
-			e.Exit(t)
-			continue
-		}
-		if e.door.Load() == doorOpen {
+		if e.current.Load() == epoch && e.door.Load() == doorOpen {
 			return t, nil
 		}
 		e.Exit(t)
-		if err := e.waitForDoor(); err != nil {
-			return Ticket{}, err
-		}
 	}
 }
 
@@ -121,7 +121,7 @@ func (e *Epochs) Now() uint64 { return e.current.Load() }
 
 // Safe reports whether every request that was running when Now returned tag has ended.
 func (e *Epochs) Safe(tag uint64) bool {
-	for e.current.Load() < tag+2 {
+	for e.current.Load() < tag+2 && !e.empty.Load() {
 		if !e.tryAdvance() {
 			return false
 		}
@@ -160,6 +160,7 @@ func (e *Epochs) Resume() {
 	defer e.mu.Unlock()
 	e.held--
 	if e.held == 0 && e.door.Load() == doorHeld {
+		e.empty.Store(false)
 		e.door.Store(doorOpen)
 	}
 	e.cond.Broadcast()
@@ -189,7 +190,8 @@ func (e *Epochs) Closed() bool { return e.door.Load() == doorClosed }
 
 // waitEmpty waits for every running request; mu is held and the door is not open.
 func (e *Epochs) waitEmpty() {
-	for !e.drained(0) || !e.drained(1) {
+	for !e.empty.Load() && (!e.drained(0) || !e.drained(1)) {
 		e.cond.Wait()
 	}
+	e.empty.Store(true)
 }
