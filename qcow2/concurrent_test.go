@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/block/blocktest"
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 )
@@ -144,7 +145,7 @@ func TestConcurrentOwners(t *testing.T) {
 				for i := range base {
 					base[i] = byte(i * 7 >> 3)
 				}
-				opts.Backing = newMemDevice(base)
+				opts.Backing = blocktest.NewBytes(base)
 			}
 			if err := qcow2.Create(context.Background(), file, o); err != nil {
 				t.Fatal(err)

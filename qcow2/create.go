@@ -187,7 +187,7 @@ func writeEmpty(file storage.File, h *format.Header, p imagePlan, head []byte) e
 		e := format.EncodeUint64(uint64(format.MakeRefTable(lay.Offset(format.ClusterIdx(1 + p.refTable + i)))))
 		copy(table[i*8:], e[:])
 	}
-	if err := writeFull(file, table, int64(h.RefTableOffset)); err != nil {
+	if err := storage.WriteFull(file, table, int64(h.RefTableOffset)); err != nil {
 		return fmt.Errorf("writing refcount table: %w", err)
 	}
 	block := make([]byte, lay.ClusterSize())
@@ -196,7 +196,7 @@ func writeEmpty(file storage.File, h *format.Header, p imagePlan, head []byte) e
 		for k := range min(lay.RefcountsPerBlock(), p.total()-i*lay.RefcountsPerBlock()) {
 			lay.SetRefcount(block, k, 1)
 		}
-		if err := writeFull(file, block, int64(lay.Offset(format.ClusterIdx(1+p.refTable+i)))); err != nil {
+		if err := storage.WriteFull(file, block, int64(lay.Offset(format.ClusterIdx(1+p.refTable+i)))); err != nil {
 			return fmt.Errorf("writing refcount block: %w", err)
 		}
 	}
@@ -212,7 +212,7 @@ func writeEmpty(file storage.File, h *format.Header, p imagePlan, head []byte) e
 	if err := file.Sync(); err != nil {
 		return fmt.Errorf("syncing image file: %w", err)
 	}
-	if err := writeFull(file, head, 0); err != nil {
+	if err := storage.WriteFull(file, head, 0); err != nil {
 		return fmt.Errorf("writing header: %w", err)
 	}
 	if err := file.Sync(); err != nil {
@@ -225,7 +225,7 @@ func writeEmpty(file storage.File, h *format.Header, p imagePlan, head []byte) e
 func zeroDevice(file storage.File, off, n int64) error {
 	for n > 0 {
 		part := min(n, int64(len(zeroChunk)))
-		if err := writeFull(file, zeroChunk[:part], off); err != nil {
+		if err := storage.WriteFull(file, zeroChunk[:part], off); err != nil {
 			return err
 		}
 		off, n = off+part, n-part

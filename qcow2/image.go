@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -206,7 +205,7 @@ func or(v, def int64) int64 {
 // readHeader reads and validates the header area: at most one cluster.
 func readHeader(file storage.File) (*format.Header, error) {
 	head := make([]byte, storage.SectorSize)
-	if err := readFull(file, head, 0); err != nil {
+	if err := storage.ReadFull(file, head, 0); err != nil {
 		return nil, fmt.Errorf("reading header: %w", err)
 	}
 	n, err := format.HeaderArea(head)
@@ -214,7 +213,7 @@ func readHeader(file storage.File) (*format.Header, error) {
 		return nil, err
 	}
 	area := make([]byte, n)
-	if err := readFull(file, area, 0); err != nil {
+	if err := storage.ReadFull(file, area, 0); err != nil {
 		return nil, fmt.Errorf("reading header: %w", err)
 	}
 	return format.ParseHeader(area)
@@ -294,7 +293,7 @@ func readSnapshots(f storage.File, h *format.Header) ([]format.Snapshot, int64, 
 	for n := int64(64 << 10); ; n *= 4 {
 		n = max(min(n, most), 0)
 		b := make([]byte, n)
-		if err := readFull(f, b, int64(h.SnapshotsOffset)); err != nil {
+		if err := storage.ReadFull(f, b, int64(h.SnapshotsOffset)); err != nil {
 			return nil, 0, fmt.Errorf("reading snapshot table at host offset %#x: %w", h.SnapshotsOffset, err)
 		}
 		list, used, err := format.ParseSnapshots(b, int(h.SnapshotCount), h)
@@ -315,7 +314,7 @@ func (im *Image) clearUnknownAutoclear() error {
 	}
 	im.hdr.Autoclear &= format.AutoclearKnown
 	b := format.EncodeUint64(im.hdr.Autoclear)
-	if err := writeFull(im.file, b[:], format.OffAutoclear); err != nil {
+	if err := storage.WriteFull(im.file, b[:], format.OffAutoclear); err != nil {
 		return fmt.Errorf("clearing autoclear features in the header: %w", err)
 	}
 	if err := im.file.Sync(); err != nil {
@@ -385,26 +384,3 @@ func (im *Image) Close() error {
 
 // Backing returns the device below, nil when there is none.
 func (im *Image) Backing() block.Device { return im.backing }
-
-func readFull(f storage.File, p []byte, off int64) error {
-	n, err := f.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if errors.Is(err, io.EOF) {
-		clear(p[n:]) // an image file may end anywhere; behind its end it reads as zeroes
-		return nil
-	}
-	if err == nil {
-		err = io.ErrUnexpectedEOF
-	}
-	return err
-}
-
-func writeFull(f storage.File, p []byte, off int64) error {
-	n, err := f.WriteAt(p, off)
-	if err == nil && n != len(p) {
-		err = io.ErrShortWrite
-	}
-	return err
-}

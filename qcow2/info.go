@@ -167,7 +167,7 @@ func readBitmaps(file storage.File, h *format.Header) ([]BitmapInfo, error) {
 			h.Bitmaps.DirectorySize, off)
 	}
 	dir := make([]byte, h.Bitmaps.DirectorySize)
-	if err := readFull(file, dir, off); err != nil {
+	if err := storage.ReadFull(file, dir, off); err != nil {
 		return nil, fmt.Errorf("reading bitmap directory at host offset %#x: %w", off, err)
 	}
 	list, err := format.ParseBitmapDirectory(dir, h)
@@ -207,7 +207,7 @@ func readEncryption(file storage.File, h *format.Header) (*EncryptionInfo, error
 	if off < 0 {
 		return nil, fmt.Errorf("LUKS header at host offset %#x is outside the file", h.Crypto.Offset)
 	}
-	if err := readFull(file, b, off); err != nil {
+	if err := storage.ReadFull(file, b, off); err != nil {
 		return nil, fmt.Errorf("reading LUKS header at host offset %#x: %w", off, err)
 	}
 	if !bytes.HasPrefix(b, luksMagic) {

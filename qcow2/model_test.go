@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/block/blocktest"
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/qcow2/internal/check"
 	"github.com/droverproject/drover/storage"
@@ -81,7 +82,7 @@ func (h *harness) open() {
 	h.t.Helper()
 	o := qcow2.Options{CacheSize: h.v.cache}
 	if h.base != nil {
-		o.Backing = newMemDevice(h.base)
+		o.Backing = blocktest.NewBytes(h.base)
 	}
 	im, err := qcow2.Open(context.Background(), keepOpen{h.file}, o)
 	if err != nil {
@@ -278,38 +279,6 @@ func checkFile(t testing.TB, f storage.File) {
 	if !report.Clean() {
 		t.Fatalf("check: %+v", report)
 	}
-}
-
-// memDevice is a read-only block.Device over bytes.
-type memDevice struct{ b []byte }
-
-func newMemDevice(b []byte) block.Device { return memDevice{b} }
-
-func (d memDevice) Size() int64      { return int64(len(d.b)) }
-func (d memDevice) Info() block.Info { return block.Info{Format: "raw", ReadOnly: true} }
-func (d memDevice) ReadAt(_ context.Context, p []byte, off int64) error {
-	if err := block.CheckRange(off, int64(len(p)), d.Size()); err != nil {
-		return err
-	}
-	copy(p, d.b[off:])
-	return nil
-}
-func (d memDevice) TryReadAt(p []byte, off int64) error {
-	return d.ReadAt(context.Background(), p, off)
-}
-func (d memDevice) TryWriteAt([]byte, int64) error { return block.ErrReadOnly }
-func (d memDevice) WriteAt(context.Context, []byte, int64, block.WriteFlags) error {
-	return block.ErrReadOnly
-}
-func (d memDevice) WriteZeroes(context.Context, int64, int64, block.ZeroFlags) error {
-	return block.ErrReadOnly
-}
-func (d memDevice) Discard(context.Context, int64, int64) error { return block.ErrReadOnly }
-func (d memDevice) Flush(context.Context) error                 { return nil }
-func (d memDevice) Close() error                                { return nil }
-func (d memDevice) Extents(_ context.Context, off, n int64, fn func(block.Extent) bool) error {
-	fn(block.Extent{Off: off, Len: n, Allocated: true, Data: true, HasHost: true, Host: off, File: "base.raw"})
-	return nil
 }
 
 // TestModel runs random operations over random options against a byte slice.

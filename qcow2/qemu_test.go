@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/droverproject/drover/block/blocktest"
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 )
@@ -158,7 +159,7 @@ func TestReadsExtendedL2(t *testing.T) {
 	}
 	qemu(t, dir, "qemu-io", append(cmds, "a.qcow2")...)
 	f := loadFile(t, filepath.Join(dir, "a.qcow2"))
-	im, err := qcow2.Open(context.Background(), keepOpen{f}, qcow2.Options{ReadOnly: true, Backing: newMemDevice(base)})
+	im, err := qcow2.Open(context.Background(), keepOpen{f}, qcow2.Options{ReadOnly: true, Backing: blocktest.NewBytes(base)})
 	if err != nil {
 		t.Fatal(err)
 	}

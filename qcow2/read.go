@@ -142,7 +142,7 @@ func (im *Image) readHost(p []byte, off, host int64) error {
 	if im.lay.DataFile && host != off {
 		return &CorruptError{Reason: fmt.Sprintf("guest offset %#x is mapped to offset %#x of the data file, not to the same", off, host)}
 	}
-	if err := readFull(im.data, p, host); err != nil {
+	if err := storage.ReadFull(im.data, p, host); err != nil {
 		return fmt.Errorf("reading guest offset %#x at host offset %#x: %w", off, host, err)
 	}
 	return nil
@@ -217,7 +217,7 @@ func (im *Image) decompressed(e format.L2Entry) ([]byte, error) {
 func (im *Image) decompress(e format.L2Entry) ([]byte, error) {
 	host, n := im.lay.CompressedExtent(e)
 	src := make([]byte, n)
-	if err := readFull(im.file, src, int64(host)); err != nil {
+	if err := storage.ReadFull(im.file, src, int64(host)); err != nil {
 		return nil, fmt.Errorf("reading compressed cluster at host offset %#x: %w", host, err)
 	}
 	dst := make([]byte, im.lay.ClusterSize())

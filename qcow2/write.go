@@ -3,11 +3,11 @@ package qcow2
 import (
 	"context"
 	"fmt"
-	"io"
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/qcow2/internal/meta"
+	"github.com/droverproject/drover/storage"
 )
 
 // maxAllocation bounds how many guest bytes one step of an allocating write covers, and with it how much of the disk one
@@ -101,7 +101,7 @@ func (im *Image) overwrite(p []byte, off, host int64) error {
 	if err := im.meta.Guard(format.HostOff(host), int64(len(p))); err != nil {
 		return fmt.Errorf("writing guest offset %#x: %w", off, err)
 	}
-	err := writeFull(im.data, p, host)
+	err := storage.WriteFull(im.data, p, host)
 	im.meta.Wrote(host, int64(len(p))) // also after a failure, which may have written a part
 	if err != nil {
 		return fmt.Errorf("writing guest offset %#x at host offset %#x: %w", off, host, err)
@@ -252,15 +252,8 @@ func (a *allocation) copyOld(ctx context.Context, b []byte, e format.L2Entry, of
 }
 
 func (a *allocation) writeHost(vec [][]byte, host, off int64) error {
-	want := 0
-	for _, b := range vec {
-		want += len(b)
-	}
-	n, err := a.im.data.WriteVAt(vec, host)
-	if err == nil && n < want {
-		err = io.ErrShortWrite
-	}
-	a.im.meta.Wrote(host, int64(want))
+	err := storage.WriteVFull(a.im.data, vec, host)
+	a.im.meta.Wrote(int64(a.host), a.n<<a.im.lay.ClusterBits)
 	if err != nil {
 		return fmt.Errorf("writing guest offset %#x at host offset %#x: %w", off, host, err)
 	}

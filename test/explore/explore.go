@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/block/blocktest"
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 	"github.com/droverproject/drover/test/harness"
@@ -163,7 +164,7 @@ func (s Start) Make(t testing.TB) *Disk {
 	o := s.Create
 	if s.Backing {
 		d.first = d.Sectors / 2
-		d.Backing = NewMemDevice(d.initial()[:d.first*SectorSize])
+		d.Backing = blocktest.NewBytes(d.initial()[:d.first*SectorSize])
 		o.BackingFile, o.BackingFormat = "base.raw", "raw"
 	}
 	d.Image = storage.NewMemFile("disk.qcow2")
@@ -271,34 +272,3 @@ type KeepOpen struct{ storage.File }
 
 // Close does nothing.
 func (KeepOpen) Close() error { return nil }
-
-// memDevice is a read-only device over bytes.
-type memDevice struct{ b []byte }
-
-// NewMemDevice returns a read-only device of the given content.
-func NewMemDevice(b []byte) block.Device { return memDevice{b} }
-
-func (d memDevice) Size() int64 { return int64(len(d.b)) }
-func (d memDevice) Info() block.Info {
-	return block.Info{Format: "raw", Name: "base.raw", ReadOnly: true}
-}
-func (d memDevice) ReadAt(_ context.Context, p []byte, off int64) error {
-	if err := block.CheckRange(off, int64(len(p)), d.Size()); err != nil {
-		return err
-	}
-	copy(p, d.b[off:])
-	return nil
-}
-func (d memDevice) WriteAt(context.Context, []byte, int64, block.WriteFlags) error {
-	return block.ErrReadOnly
-}
-func (d memDevice) WriteZeroes(context.Context, int64, int64, block.ZeroFlags) error {
-	return block.ErrReadOnly
-}
-func (d memDevice) Discard(context.Context, int64, int64) error { return block.ErrReadOnly }
-func (d memDevice) Flush(context.Context) error                 { return nil }
-func (d memDevice) Close() error                                { return nil }
-func (d memDevice) Extents(_ context.Context, off, n int64, fn func(block.Extent) bool) error {
-	fn(block.Extent{Off: off, Len: n, Allocated: true, Data: true, HasHost: true, Host: off, File: "base.raw"})
-	return nil
-}

@@ -32,9 +32,9 @@ type Epochs struct {
 	door atomic.Uint32 // doorOpen, doorHeld or doorClosed; changed under mu
 	// empty: the door is not open and everybody inside has left. What the counts show then are requests that knock.
 	empty atomic.Bool
-	mu   sync.Mutex
-	cond sync.Cond
-	held int // nested Quiesce calls
+	mu    sync.Mutex
+	cond  sync.Cond
+	held  int // nested Quiesce calls
 }
 
 const (

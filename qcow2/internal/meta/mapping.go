@@ -3,7 +3,6 @@ package meta
 import (
 	"errors"
 	"fmt"
-	"io"
 	"sync"
 	"sync/atomic"
 
@@ -225,7 +224,7 @@ func (m *Mapping) chunk(i int64, wait bool) (*l1Chunk, error) {
 	n := min(l1ChunkEntries, m.l1Len-i*l1ChunkEntries)
 	raw := make([]byte, n*8)
 	at := m.l1Off + format.HostOff(i*l1ChunkEntries*8)
-	if err := readFull(m.file, raw, int64(at)); err != nil {
+	if err := storage.ReadFull(m.file, raw, int64(at)); err != nil {
 		return nil, fmt.Errorf("reading L1 table at host offset %#x: %w", at, err)
 	}
 	ch := new(l1Chunk)
@@ -275,7 +274,7 @@ func (m *Mapping) loadSlice(t *table, i int64) (*slice, error) {
 	raw := sliceBuf()
 	defer sliceBufs.Put(raw)
 	b := raw[:m.sliceSize]
-	if err := readFull(m.file, b, int64(s.host())); err != nil {
+	if err := storage.ReadFull(m.file, b, int64(s.host())); err != nil {
 		return nil, fmt.Errorf("reading L2 table at host offset %#x: %w", t.host, err)
 	}
 	for k := range s.words {
@@ -433,12 +432,12 @@ func (m *Mapping) fillTable(t *table, from format.HostOff, virgin bool) error {
 		if !m.lay.Aligned(from) {
 			return corrupt("L2 table at host offset %#x is not on a cluster boundary", from)
 		}
-		if err := readFull(m.file, b, int64(from)); err != nil {
+		if err := storage.ReadFull(m.file, b, int64(from)); err != nil {
 			return fmt.Errorf("reading L2 table at host offset %#x: %w", from, err)
 		}
 		clearCopied(b, m.lay)
 	}
-	err := writeFull(m.file, b, int64(t.host))
+	err := storage.WriteFull(m.file, b, int64(t.host))
 	m.wrote(int64(t.host), int64(len(b)))
 	if err != nil {
 		return fmt.Errorf("writing L2 table at host offset %#x: %w", t.host, err)
@@ -532,16 +531,6 @@ func (m *Mapping) crowded() bool {
 	m.dirtyMu.Lock()
 	defer m.dirtyMu.Unlock()
 	return len(m.dirty) > max(m.maxSlices/2, minSlices/2)
-}
-
-func isEOF(err error) bool { return errors.Is(err, io.EOF) }
-
-func writeFull(f storage.File, p []byte, off int64) error {
-	n, err := f.WriteAt(p, off)
-	if err == nil && n != len(p) {
-		err = io.ErrShortWrite
-	}
-	return err
 }
 
 // SliceRest returns how many clusters from c on one Edit reaches.

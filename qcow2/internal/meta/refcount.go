@@ -3,7 +3,6 @@ package meta
 import (
 	"errors"
 	"fmt"
-	"io"
 	"math/bits"
 	"sync"
 	"sync/atomic"
@@ -90,7 +89,7 @@ func (r ClusterRun) End() format.ClusterIdx { return r.First + format.ClusterIdx
 func newRefcounts(file storage.File, lay format.Layout, tableOff format.HostOff, tableClusters int64) (*Refcounts, error) {
 	rc := &Refcounts{file: file, lay: lay, tableOff: tableOff, tableClusters: tableClusters, known: make(map[int]*refBlock)}
 	raw := make([]byte, tableClusters*lay.ClusterSize())
-	if err := readFull(file, raw, int64(tableOff)); err != nil {
+	if err := storage.ReadFull(file, raw, int64(tableOff)); err != nil {
 		return nil, fmt.Errorf("reading refcount table at host offset %#x: %w", tableOff, err)
 	}
 	rc.hosts = make([]format.HostOff, len(raw)/8)
@@ -148,7 +147,7 @@ func (rc *Refcounts) load(b int) error {
 		return nil
 	}
 	data := make([]byte, rc.lay.ClusterSize())
-	if err := readFull(rc.file, data, int64(rc.hosts[b])); err != nil {
+	if err := storage.ReadFull(rc.file, data, int64(rc.hosts[b])); err != nil {
 		return fmt.Errorf("reading refcount block at host offset %#x: %w", rc.hosts[b], err)
 	}
 	blk.data = data
@@ -549,19 +548,4 @@ func (rc *Refcounts) Apply(run ClusterRun) error {
 		rc.set(b, slot, rc.lay.Refcount(rc.known[b].data, slot)-1)
 	}
 	return nil
-}
-
-func readFull(f storage.File, p []byte, off int64) error {
-	n, err := f.ReadAt(p, off)
-	if n == len(p) {
-		return nil
-	}
-	if errors.Is(err, io.EOF) {
-		clear(p[n:]) // an image file may end anywhere; behind its end it reads as zeroes
-		return nil
-	}
-	if err == nil {
-		err = io.ErrUnexpectedEOF
-	}
-	return err
 }

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/storage"
 )
 
 // frozenRefs is the part of a generation that belongs to the refcounts.
@@ -60,14 +61,14 @@ func (rc *Refcounts) freeze() frozenRefs {
 func (rc *Refcounts) writeBlocks(f *frozenRefs) error {
 	for _, b := range f.blocks {
 		at := b.host + format.HostOff(b.lo)
-		if err := writeFull(rc.file, b.raw, int64(at)); err != nil {
+		if err := storage.WriteFull(rc.file, b.raw, int64(at)); err != nil {
 			return fmt.Errorf("writing refcount block at host offset %#x: %w", at, err)
 		}
 	}
 	if f.table == nil {
 		return nil
 	}
-	if err := writeFull(rc.file, f.table, int64(f.tableOff)); err != nil {
+	if err := storage.WriteFull(rc.file, f.table, int64(f.tableOff)); err != nil {
 		return fmt.Errorf("writing refcount table at host offset %#x: %w", f.tableOff, err)
 	}
 	return nil
@@ -77,7 +78,7 @@ func (rc *Refcounts) writeBlocks(f *frozenRefs) error {
 func (rc *Refcounts) writePointers(f *frozenRefs) error {
 	if f.table != nil {
 		b := format.EncodeRefTablePointer(f.tableOff, uint32(f.tableClusters))
-		if err := writeFull(rc.file, b[:], format.OffRefTable); err != nil {
+		if err := storage.WriteFull(rc.file, b[:], format.OffRefTable); err != nil {
 			return fmt.Errorf("writing refcount table pointer in the header: %w", err)
 		}
 		return nil
@@ -85,7 +86,7 @@ func (rc *Refcounts) writePointers(f *frozenRefs) error {
 	for _, i := range f.newBlocks {
 		at := f.tableOff + format.HostOff(i*8)
 		b := format.EncodeUint64(uint64(format.MakeRefTable(f.entries[i])))
-		if err := writeFull(rc.file, b[:], int64(at)); err != nil {
+		if err := storage.WriteFull(rc.file, b[:], int64(at)); err != nil {
 			return fmt.Errorf("writing refcount table at host offset %#x: %w", at, err)
 		}
 	}

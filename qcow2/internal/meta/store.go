@@ -378,7 +378,7 @@ func (s *Store) writeSlices(fs []frozenSlice) error {
 		for ; i < len(fs) && fs[i].s.host() == at+format.HostOff(int64(len(vec))*size); i++ {
 			vec = append(vec, fs[i].raw[:size])
 		}
-		if _, err := s.file.WriteVAt(vec, int64(at)); err != nil {
+		if err := storage.WriteVFull(s.file, vec, int64(at)); err != nil {
 			return fmt.Errorf("writing L2 table at host offset %#x: %w", at, err)
 		}
 	}
@@ -388,7 +388,7 @@ func (s *Store) writeSlices(fs []frozenSlice) error {
 func (m *Mapping) writeL1(fs []frozenL1) error {
 	for _, f := range fs {
 		at := m.l1Off + format.HostOff((f.chunk*l1ChunkEntries+f.lo)*8)
-		if err := writeFull(m.file, f.raw, int64(at)); err != nil {
+		if err := storage.WriteFull(m.file, f.raw, int64(at)); err != nil {
 			return fmt.Errorf("writing L1 table at host offset %#x: %w", at, err)
 		}
 	}

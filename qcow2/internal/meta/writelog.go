@@ -1,7 +1,9 @@
 package meta
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"sync"
@@ -88,10 +90,10 @@ func (l *writeLog) rewrite(f storage.File) error {
 	for _, c := range l.inDoubt() {
 		off := c << logChunkBits
 		n, err := f.ReadAt(buf, off)
-		if n < len(buf) && !isEOF(err) {
+		if n < len(buf) && !errors.Is(err, io.EOF) {
 			return fmt.Errorf("reading back what a failed sync left in doubt at host offset %#x: %w", off, err)
 		}
-		if err := writeFull(f, buf[:n], off); err != nil {
+		if err := storage.WriteFull(f, buf[:n], off); err != nil {
 			return fmt.Errorf("writing again what a failed sync left in doubt at host offset %#x: %w", off, err)
 		}
 		l.mark(off, int64(n))
