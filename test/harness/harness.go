@@ -100,10 +100,21 @@ func Run(t testing.TB, name string, args ...string) Result {
 	return RunInput(t, nil, name, args...)
 }
 
+// RunFor is Run for a program that is meant to run that long.
+func RunFor(t testing.TB, d time.Duration, name string, args ...string) Result {
+	t.Helper()
+	return run(t, d+commandLimit, nil, name, args)
+}
+
 // RunInput is Run with a standard input.
 func RunInput(t testing.TB, input []byte, name string, args ...string) Result {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), commandLimit)
+	return run(t, commandLimit, input, name, args)
+}
+
+func run(t testing.TB, limit time.Duration, input []byte, name string, args []string) Result {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, peer.Path(name), args...)
@@ -113,7 +124,7 @@ func RunInput(t testing.TB, input []byte, name string, args ...string) Result {
 	var exit *exec.ExitError
 	switch {
 	case ctx.Err() != nil:
-		t.Fatalf("%s did not end within %v\n%s", r.Line, commandLimit, r)
+		t.Fatalf("%s did not end within %v\n%s", r.Line, limit, r)
 	case errors.As(err, &exit):
 		r.Code = exit.ExitCode()
 	case err != nil:

@@ -209,7 +209,8 @@ func TestFioVerifies(t *testing.T) {
 	if s := os.Getenv("FIO_SECONDS"); s != "" {
 		seconds = s
 	}
-	if _, err := time.ParseDuration(seconds + "s"); err != nil {
+	runtime, err := time.ParseDuration(seconds + "s")
+	if err != nil {
 		t.Fatalf("FIO_SECONDS: %v", err)
 	}
 	image := filepath.Join(t.TempDir(), "image.qcow2")
@@ -224,7 +225,7 @@ func TestFioVerifies(t *testing.T) {
 		"--do_verify=1", "--fsync=200"}
 	trim := []string{"--name=trim", "--new_group", "--offset=120m", "--size=8m", "--rw=randtrimwrite", "--bs=48k",
 		"--verify=0", "--iodepth=8", "--fsync=500", "--rate_iops=1000"}
-	r := harness.Run(t, "fio", append(append(common, verify...), trim...)...)
+	r := harness.RunFor(t, runtime, "fio", append(append(common, verify...), trim...)...)
 	if r.Code != 0 {
 		t.Errorf("fio found wrong bytes, or failed:\n%s", r)
 	}
