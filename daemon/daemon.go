@@ -7,6 +7,12 @@
 // place, and whatever is wrong comes to light before anybody depends on it. [Daemon.Serve] serves until its context
 // ends; then listeners close, connections finish what they have begun, and each image is flushed and closed, whatever
 // the others do. Serve returns nil only if every acknowledged write is durable.
+//
+// # What it may do
+//
+// Between the two, [Confine] can take from the process what it does not need any more: it opens nothing after Open, so it
+// can live without access to files, without privileges, and as another user. [LoadTLS] reads credentials, and [Rules] say
+// which clients may use an export.
 package daemon
 
 import (
@@ -14,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,6 +38,8 @@ type Export struct {
 	// Open says how the image is opened. With no Format the content decides between the formats that can be told by it;
 	// a disk that looks like none of them is accepted as raw only read-only.
 	Open block.OpenOptions
+	// Allow says who may use it; nil lets everybody.
+	Allow func(nbd.Peer) bool
 }
 
 // Config says what to serve where.
@@ -48,6 +57,7 @@ type Daemon struct {
 	server    *nbd.Server
 	drain     time.Duration
 	listeners []net.Listener
+	encrypted bool // clients have to use TLS
 	exports   []openExport
 }
 
@@ -59,6 +69,7 @@ type openExport struct {
 // Open opens all that the configuration names. After an error nothing stays open.
 func Open(ctx context.Context, c Config) (d *Daemon, err error) {
 	d = &Daemon{server: nbd.NewServer(c.NBD), drain: c.Drain, listeners: c.Listeners}
+	d.encrypted = c.NBD.TLS != nil && c.NBD.TLS.Required
 	if d.drain == 0 {
 		d.drain = DefaultDrain
 	}
@@ -103,7 +114,7 @@ func (d *Daemon) open(ctx context.Context, e Export) error {
 	}
 	d.exports = append(d.exports, openExport{e, dev})
 	return d.server.AddExport(nbd.Export{
-		Name: e.Name, Description: e.Description, Device: dev, ReadOnly: e.Open.ReadOnly,
+		Name: e.Name, Description: e.Description, Device: dev, ReadOnly: e.Open.ReadOnly, Allow: e.Allow,
 	})
 }
 
@@ -154,6 +165,9 @@ func (d *Daemon) URIs(export string) []string {
 	list := make([]string, len(d.listeners))
 	for i, l := range d.listeners {
 		list[i] = URI(l.Addr(), export)
+		if d.encrypted {
+			list[i] = "nbds" + strings.TrimPrefix(list[i], "nbd")
+		}
 	}
 	return list
 }

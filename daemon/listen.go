@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"net/url"
 	"os"
@@ -19,12 +20,16 @@ const DefaultPort = "10809"
 type Address struct {
 	Socket string // path of a unix socket
 	TCP    string // host:port, or host alone for the default port
+	// Mode and Owner are those of the socket: DefaultSocketMode and who opens it, unless said otherwise. Systems that
+	// know no modes ignore both.
+	Mode  fs.FileMode
+	Owner *User
 }
 
 // Listen opens a listener. A unix socket that nobody listens on any more is replaced, one in use is not.
 func Listen(ctx context.Context, a Address) (net.Listener, error) {
 	if a.Socket != "" {
-		return listenUnix(ctx, a.Socket)
+		return listenUnix(ctx, a)
 	}
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", withPort(a.TCP))
@@ -42,14 +47,15 @@ func withPort(addr string) string {
 	return net.JoinHostPort(strings.Trim(addr, "[]"), DefaultPort)
 }
 
-func listenUnix(ctx context.Context, path string) (net.Listener, error) {
+func listenUnix(ctx context.Context, a Address) (net.Listener, error) {
+	path := a.Socket
 	fail := func(err error) (net.Listener, error) {
 		return nil, fmt.Errorf("listening on unix socket %q: %w", path, err)
 	}
 	if err := removeStale(ctx, path); err != nil {
 		return fail(err)
 	}
-	var lc net.ListenConfig
+	lc := net.ListenConfig{Control: a.control}
 	l, err := lc.Listen(ctx, "unix", path)
 	if err != nil {
 		return fail(err)
@@ -59,11 +65,14 @@ func listenUnix(ctx context.Context, path string) (net.Listener, error) {
 		return fail(errors.Join(fmt.Errorf("got a %T", l), l.Close()))
 	}
 	ul.SetUnlinkOnClose(false) // it would remove whatever is there by then
+	if err := a.protect(); err != nil {
+		return fail(errors.Join(err, ul.Close(), os.Remove(path)))
+	}
 	own, err := os.Lstat(path)
 	if err != nil {
 		return fail(errors.Join(err, ul.Close()))
 	}
-	return &unixListener{UnixListener: ul, path: path, own: own}, nil
+	return &unixListener{UnixListener: ul, path: path, own: own, remove: os.Remove}, nil
 }
 
 var (
@@ -103,6 +112,8 @@ type unixListener struct {
 	path string
 	own  os.FileInfo
 	once sync.Once
+	// remove is os.Remove.
+	remove func(string) error
 }
 
 // Close closes the listener and removes its socket. The removal comes first: afterwards nobody can find a socket on
@@ -112,7 +123,10 @@ func (l *unixListener) Close() error {
 	l.once.Do(func() {
 		st, serr := os.Lstat(l.path)
 		if serr == nil && os.SameFile(st, l.own) {
-			err = os.Remove(l.path)
+			err = l.remove(l.path)
+		}
+		if errors.Is(err, fs.ErrPermission) {
+			err = nil // given up with the server's privileges; the next server replaces a socket nobody listens on
 		}
 	})
 	return errors.Join(l.UnixListener.Close(), err)

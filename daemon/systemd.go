@@ -55,20 +55,3 @@ func listenerFromFD(fd int) (net.Listener, error) {
 	}
 	return l, nil
 }
-
-// Notify tells the service manager about a change of state ("READY=1", "STOPPING=1"), if there is one that asked.
-func Notify(getenv func(string) string, state string) error {
-	path := getenv("NOTIFY_SOCKET")
-	if path == "" {
-		return nil
-	}
-	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: path, Net: "unixgram"})
-	if err != nil {
-		return fmt.Errorf("notifying the service manager: %w", err)
-	}
-	_, err = c.Write([]byte(state))
-	if err = errors.Join(err, c.Close()); err != nil {
-		return fmt.Errorf("notifying the service manager: %w", err)
-	}
-	return nil
-}

@@ -2,10 +2,12 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,12 +36,15 @@ var longAgo = time.Unix(1, 0)
 // conn is a connection.
 type conn struct {
 	srv    *Server
-	nc     net.Conn
+	sock   net.Conn // the socket; deadlines are set on it
+	nc     net.Conn // the way to the client: sock, or TLS on top of it
+	client *client
 	ctx    context.Context
 	cancel context.CancelFunc
 	id     uint64
 
 	// Set by the handshake, constant afterwards.
+	peer     Peer
 	exp      *export // written under Server.mu
 	mode     replyMode
 	contexts []selected
@@ -49,17 +54,19 @@ type conn struct {
 	sendErr  atomic.Pointer[error] // why, unless the server wanted it so
 
 	// The reader's own.
-	in      *buffer  // what came from the socket
-	r, w    int      // the part of in not yet decoded
-	need    int      // bytes from r on that the next step of decoding needs
-	window  int      // longest read
-	filled  bool     // the last read filled the buffer
-	load    *request // a large write whose payload is coming in
-	loaded  int      // bytes of it that came
-	skip    uint64   // bytes of payload still to be thrown away
-	skipped header   // the request they belong to
-	why     errno    // and its error
-	out     *buffer  // batch of replies
+	in      *buffer   // what came from the socket
+	r, w    int       // the part of in not yet decoded
+	need    int       // bytes from r on that the next step of decoding needs
+	window  int       // longest read
+	filled  bool      // the last read filled the buffer
+	load    *request  // a large write whose payload is coming in
+	loaded  int       // bytes of it that came
+	loadBy  time.Time // when they must have come, if not zero
+	readBy  time.Time // read deadline that was set for it
+	skip    uint64    // bytes of payload still to be thrown away
+	skipped header    // the request they belong to
+	why     errno     // and its error
+	out     *buffer   // batch of replies
 	outLen  int
 
 	work    chan *request  // to idle workers
@@ -81,21 +88,30 @@ type conn struct {
 		queue []*request // what it has to take along
 		spare []*request // the other half of a double buffer
 		vecs  net.Buffers
+		piece net.Buffers // the part of vecs being written
+		armed time.Time   // when the write deadline was set
 	}
 
 	requests, bytesRead, bytesWritten atomic.Uint64
 }
 
-func newConn(ctx context.Context, cancel context.CancelFunc, s *Server, nc net.Conn) *conn {
-	c := &conn{srv: s, nc: nc, ctx: ctx, cancel: cancel, work: make(chan *request), window: maxReadBuffer}
+func newConn(ctx context.Context, cancel context.CancelFunc, s *Server, nc net.Conn, g *guest) *conn {
+	c := &conn{
+		srv: s, sock: nc, nc: nc, peer: g.peer, client: g.client, ctx: ctx, cancel: cancel,
+		work: make(chan *request), window: maxReadBuffer,
+	}
+	if t, ok := nc.(*tls.Conn); ok {
+		c.sock = t.NetConn()
+	}
 	c.flow.room.L = &c.flow
 	c.in = s.buffers.get(minReadBuffer)
 	return c
 }
 
 // run serves the connection from its first byte to its last reply.
-func (c *conn) run() error {
+func (c *conn) run(g *guest) error {
 	err := c.negotiate()
+	c.srv.seated(g)
 	if err == nil {
 		if f := c.srv.opts.Observer.Connected; f != nil {
 			f(c.describe())
@@ -109,7 +125,7 @@ func (c *conn) run() error {
 	if errors.Is(err, io.EOF) && c.exp != nil {
 		return nil
 	}
-	return fmt.Errorf("nbd: serving %v: %w", c.nc.RemoteAddr(), err)
+	return fmt.Errorf("nbd: serving %v: %w", c.sock.RemoteAddr(), err)
 }
 
 // transmit serves requests until the connection's end, and waits for those still in flight.
@@ -135,28 +151,45 @@ func (c *conn) release() {
 		b.put(c.load.buf)
 	}
 	c.in, c.out, c.load = nil, nil, nil
+	// A large write whose payload never came is all that can be left.
+	c.flow.Lock()
+	left := c.flow.bytes
+	c.flow.bytes = 0
+	c.flow.Unlock()
+	c.unshare(left)
+}
+
+// close closes the connection, with a farewell if it is encrypted and the client still listens.
+func (c *conn) close() {
+	if c.nc != c.sock && !c.broken.Load() {
+		_ = c.nc.Close() // it closes sock, and its error would be that of a client that has gone already
+	}
+	c.sock.Close()
 }
 
 // drain asks the reader to stop after the requests it has.
 func (c *conn) drain() {
 	c.draining.Store(true)
 	// Whoever sets another read deadline looks at draining afterwards, so one of the two stops the reader.
-	_ = c.nc.SetReadDeadline(longAgo)
+	_ = c.sock.SetReadDeadline(longAgo)
 }
 
 // abort cuts the connection off: nothing more is read or sent, and calls on the device are asked to give up.
 func (c *conn) abort() {
 	c.draining.Store(true)
 	c.broken.Store(true)
-	_ = c.nc.SetDeadline(longAgo)
+	_ = c.sock.SetDeadline(longAgo)
 	c.cancel()
 }
 
 // sendFailed notes that the client takes no replies any more, which ends the connection.
 func (c *conn) sendFailed(err error) {
+	if errors.Is(err, os.ErrDeadlineExceeded) && !c.broken.Load() {
+		err = fmt.Errorf("client took nothing for %v: %w", c.srv.opts.StallTimeout, err)
+	}
 	c.sendErr.Store(&err)
 	c.broken.Store(true)
-	_ = c.nc.SetDeadline(longAgo)
+	_ = c.sock.SetDeadline(longAgo)
 }
 
 // ended returns why the reader has to stop, if it has.
@@ -174,8 +207,8 @@ func (c *conn) ended() error {
 }
 
 func (c *conn) describe() Conn {
-	d := Conn{ID: c.id}
-	if a := c.nc.RemoteAddr(); a != nil {
+	d := Conn{ID: c.id, Peer: c.peer}
+	if a := c.sock.RemoteAddr(); a != nil {
 		d.Remote = a.String()
 	}
 	if c.exp != nil {
@@ -285,11 +318,17 @@ func (c *conn) readLoop() error {
 		return err
 	}
 	for {
+		if err := c.armLoad(); err != nil {
+			return err
+		}
 		n, err := c.nc.Read(c.space())
 		if n > 0 {
 			if err := c.got(n); err != nil {
 				return err
 			}
+		}
+		if errors.Is(err, os.ErrDeadlineExceeded) && c.ended() == nil {
+			err = c.overdue()
 		}
 		if err != nil {
 			return c.streamError(err)
@@ -298,6 +337,31 @@ func (c *conn) readLoop() error {
 			return err
 		}
 	}
+}
+
+// armLoad makes sure that the wait for a large payload ends. The deadline may outlive the payload.
+func (c *conn) armLoad() error {
+	if c.load == nil || c.loadBy.Equal(c.readBy) {
+		return nil
+	}
+	c.readBy = c.loadBy
+	if err := c.sock.SetReadDeadline(c.loadBy); err != nil {
+		return err
+	}
+	return c.ended()
+}
+
+// overdue is called when the read deadline has passed, which is no drain's. It fails if it was a payload's that has still
+// not come, and sets the deadline that counts now.
+func (c *conn) overdue() error {
+	c.readBy = time.Time{}
+	if c.load != nil {
+		c.readBy = c.loadBy
+	}
+	if !c.readBy.IsZero() && !time.Now().Before(c.readBy) {
+		return fmt.Errorf("payload of a write of %d bytes did not come: %w", c.load.length, os.ErrDeadlineExceeded)
+	}
+	return c.sock.SetReadDeadline(c.readBy)
 }
 
 // streamError explains the end of the stream: io.EOF is for one that ended between two requests.

@@ -27,7 +27,7 @@
 //
 //   - The reader blocks on the socket, on the bounds below, and while it sends; never on the device.
 //   - A worker blocks on the device and, when it happens to be the sender, on the socket.
-//   - Nobody blocks on a lock that is held over I/O. Connections share no lock at all after the handshake.
+//   - Nobody blocks on a lock that is held over I/O. What connections share after the handshake is two counters of memory.
 //
 // # Backpressure
 //
@@ -36,6 +36,25 @@
 // nothing meanwhile. So a client that floods the server, or does not take its replies, fills its own socket buffers and
 // stalls itself only; and since everything a stalled reader waits for is done by workers that never wait for the reader,
 // the connection cannot lock up.
+//
+// All connections together are bound by Options.MaxTotalMemory, and those of one client (a user on a unix socket, an address
+// on a network) by half of it. A request waits for its share in turn, except that each connection may always hold 1 MiB:
+// so beside any number of greedy clients, requests of a usual size go on as if nobody else were there. A client that takes
+// no replies, or does not finish what it began to write, is cut off after Options.StallTimeout, and gives back what it
+// held. In the same way a client that opens connections and says nothing can fill half of Options.MaxConnections, and what
+// it opens beyond is closed at once.
+//
+// # Who may come in
+//
+// A [Peer] is what the server knows of a client without believing it: the address, the process at the other end of a unix
+// socket as the kernel tells it, the certificate that TLS has verified. Export.Allow decides by it; an export that a client
+// may not use does not exist for that client, in any answer.
+//
+// With Options.TLS a client can encrypt the connection, or has to. STARTTLS forgets all that was agreed on before, and a
+// connection on which plain text follows it ends, because that text could be anybody's. Encrypted connections take the way
+// without RawConn and send replies in runs of full records; everything else is the same. There are certificates, of the
+// server and, if the configuration asks for them, of clients. There are no pre-shared keys: the standard library, whose TLS
+// this is, does not offer them.
 //
 // # Failures
 //

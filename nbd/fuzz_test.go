@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/internal/certtest"
 	"github.com/droverproject/drover/nbd"
 	"github.com/droverproject/drover/nbd/internal/nbdtest"
 )
@@ -15,7 +16,10 @@ import (
 // -fuzzminimizetime=10x.
 
 // feed lets a server read stream and nothing else. The server must come to an end, whatever it thinks of it.
-func feed(t *testing.T, stream []byte) {
+func feed(t *testing.T, stream []byte) { feedTo(t, nbd.Options{}, stream) }
+
+func feedTo(t *testing.T, o nbd.Options, stream []byte) {
+	o.MaxMemory, o.MaxInflight, o.MaxRequest = 1<<20, 4, 256<<10
 	dev := nbdtest.NewDevice(1 << 20)
 	dev.TryErr = func(write bool, off, n int64) error {
 		if off%3 == 0 {
@@ -23,7 +27,7 @@ func feed(t *testing.T, stream []byte) {
 		}
 		return nil
 	}
-	s := nbd.NewServer(nbd.Options{MaxMemory: 1 << 20, MaxInflight: 4, MaxRequest: 256 << 10})
+	s := nbd.NewServer(o)
 	if err := s.AddExport(nbd.Export{Name: "", Device: dev}); err != nil {
 		t.Fatal(err)
 	}
@@ -66,6 +70,32 @@ func FuzzHandshake(f *testing.F) {
 		f.Add(p)
 	}
 	f.Fuzz(feed)
+}
+
+// FuzzStartTLS is FuzzHandshake with a server that can encrypt, or insists on it.
+func FuzzStartTLS(f *testing.F) {
+	ca := certtest.NewCA(f)
+	may, must := serverTLS(ca, false, false), serverTLS(ca, true, true)
+	hello := []byte("\x16\x03\x01\x00\x05\x01\x00\x00\x01\x03")
+	for _, list := range [][][]byte{
+		{optionBytes(nbdtest.OptStartTLS, nil), hello}, {optionBytes(nbdtest.OptStartTLS, []byte("x")), optionBytes(nbdtest.OptList, nil)},
+		{optionBytes(nbdtest.OptStructuredReply, nil), optionBytes(nbdtest.OptStartTLS, nil)},
+		{optionBytes(nbdtest.OptGo, nbdtest.GoData("")), optionBytes(nbdtest.OptExportName, nil)},
+	} {
+		p := []byte(clientFlags)
+		for _, o := range list {
+			p = append(p, o...)
+		}
+		f.Add(false, p)
+		f.Add(true, p)
+	}
+	f.Fuzz(func(t *testing.T, required bool, stream []byte) {
+		if required {
+			feedTo(t, nbd.Options{TLS: must}, stream)
+		} else {
+			feedTo(t, nbd.Options{TLS: may}, stream)
+		}
+	})
 }
 
 func FuzzTransmission(f *testing.F) {

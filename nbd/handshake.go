@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -88,6 +89,9 @@ func (h *handshake) option() error {
 }
 
 func (h *handshake) answer(data []byte) error {
+	if h.plainForbidden() {
+		return h.refusePlain()
+	}
 	switch h.opt {
 	case optExportName:
 		return h.exportName(string(data))
@@ -110,15 +114,6 @@ func (h *handshake) answer(data []byte) error {
 		return h.meta(data)
 	}
 	return h.fail(repErrUnsupported, "option is not supported")
-}
-
-// startTLS answers a client that wants encryption. A server that can do it would, having checked that no byte of plain
-// text follows the option, acknowledge, replace c.nc by the encrypted connection and forget all options so far.
-func (h *handshake) startTLS(data []byte) error {
-	if len(data) != 0 {
-		return h.fail(repErrInvalid, "option takes no data")
-	}
-	return h.fail(repErrUnsupported, "TLS is not configured")
 }
 
 func (h *handshake) structured(data []byte) error {
@@ -151,7 +146,7 @@ func (h *handshake) list(data []byte) error {
 	if len(data) != 0 {
 		return h.fail(repErrInvalid, "option takes no data")
 	}
-	for _, x := range h.c.srv.list() {
+	for _, x := range h.c.srv.list(h.c.peer) {
 		p := binary.BigEndian.AppendUint32(nil, uint32(len(x.Name)))
 		p = append(p, x.Name...)
 		if err := h.reply(repServer, append(p, x.Description...)); err != nil {
@@ -166,7 +161,7 @@ func (h *handshake) exportName(name string) error {
 	if len(name) > maxString {
 		return fmt.Errorf("%w: export name of %d bytes", ErrHandshake, len(name))
 	}
-	x := h.c.srv.lookup(name)
+	x := h.c.srv.lookup(name, h.c.peer)
 	if x == nil || !h.c.srv.attach(h.c, x) {
 		return fmt.Errorf("%w: %q", errNoExport, name)
 	}
@@ -200,7 +195,7 @@ func (h *handshake) info(data []byte) error {
 	if len(name) > maxString {
 		return h.fail(repErrTooBig, "export name is too long")
 	}
-	x := h.c.srv.lookup(name)
+	x := h.c.srv.lookup(name, h.c.peer)
 	if x == nil || h.opt == optGo && !h.c.srv.attach(h.c, x) {
 		return h.fail(repErrUnknown, "no such export")
 	}
@@ -283,7 +278,7 @@ func (h *handshake) meta(data []byte) error {
 	case queries == nil:
 		return h.fail(repErrTooBig, "too many queries, or too long ones")
 	}
-	x := h.c.srv.lookup(name)
+	x := h.c.srv.lookup(name, h.c.peer)
 	if x == nil {
 		return h.fail(repErrUnknown, "no such export")
 	}
@@ -437,7 +432,7 @@ func (h *handshake) flush() error {
 // negotiate conducts the handshake of a connection within its time.
 func (c *conn) negotiate() error {
 	if d := c.srv.opts.HandshakeTimeout; d > 0 {
-		if err := c.nc.SetDeadline(time.Now().Add(d)); err != nil {
+		if err := c.sock.SetDeadline(time.Now().Add(d)); err != nil {
 			return err
 		}
 	}
@@ -445,11 +440,17 @@ func (c *conn) negotiate() error {
 	if err := c.ended(); err != nil {
 		return err
 	}
+	// A listener may have encrypted the connection from its first byte.
+	if tc, ok := c.nc.(*tls.Conn); ok {
+		if err := c.secure(tc); err != nil {
+			return err
+		}
+	}
 	h := handshake{c: c}
 	if err := h.run(); err != nil {
 		return err
 	}
-	if err := c.nc.SetDeadline(time.Time{}); err != nil {
+	if err := c.sock.SetDeadline(time.Time{}); err != nil {
 		return err
 	}
 	return c.ended()

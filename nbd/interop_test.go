@@ -189,3 +189,14 @@ func TestInteropTCP(t *testing.T) {
 	}
 	tool(t, "qemu-io", "-f", "raw", "nbd://"+s.addr, "-c", "write -P 1 0 8M", "-c", "read -P 1 0 8M")
 }
+
+// failing runs a program that should fail, and reports whether it did not.
+func failing(t *testing.T, name string, args ...string) (string, bool) {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		t.Skipf("%s is not installed: interoperation with it is not tested", name)
+	}
+	out, err := exec.Command(path, args...).CombinedOutput()
+	return string(out), err == nil
+}

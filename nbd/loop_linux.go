@@ -42,9 +42,12 @@ func (c *conn) readRaw() (done bool, err error) {
 		if !errors.Is(err, os.ErrDeadlineExceeded) {
 			return true, c.streamError(err)
 		}
+		if err := c.ended(); err != nil {
+			return true, err
+		}
 		c.idle()
 		l.armed = time.Time{}
-		if err := c.nc.SetReadDeadline(time.Time{}); err != nil {
+		if err := c.overdue(); err != nil {
 			return true, c.streamError(err)
 		}
 		// step looks whether the deadline was a drain's before it waits again.
@@ -72,7 +75,7 @@ func (l *rawLoop) step(fd uintptr) bool {
 		case err == syscall.EINTR:
 			continue
 		case err == syscall.EAGAIN:
-			return false
+			return l.rest()
 		case err != nil:
 			l.err = c.streamError(os.NewSyscallError("read", err))
 			return true
@@ -88,9 +91,30 @@ func (l *rawLoop) step(fd uintptr) bool {
 			if l.err = c.ended(); l.err != nil {
 				return true
 			}
-			return false
+			return l.late()
 		}
 	}
+}
+
+// rest ends a step that found the socket empty. Its wait needs a deadline only in the middle of a payload.
+func (l *rawLoop) rest() bool {
+	if l.c.load == nil || l.c.loadBy.IsZero() {
+		return false
+	}
+	l.arm()
+	if l.err = l.c.ended(); l.err != nil {
+		return true
+	}
+	return l.late()
+}
+
+// late ends the connection if a payload has not come in time, however busily the client sends it byte by byte.
+func (l *rawLoop) late() bool {
+	if l.c.load == nil || l.c.loadBy.IsZero() || l.armed.Before(l.c.loadBy) {
+		return false
+	}
+	l.err = l.c.overdue()
+	return l.err != nil
 }
 
 // arm makes sure that the coming wait ends.
@@ -101,5 +125,5 @@ func (l *rawLoop) arm() {
 	}
 	l.armed = now
 	// It fails only on a connection that is closed, and then so does the wait.
-	_ = l.c.nc.SetReadDeadline(now.Add(recheckAfter))
+	_ = l.c.sock.SetReadDeadline(now.Add(recheckAfter))
 }

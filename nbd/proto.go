@@ -48,6 +48,7 @@ const (
 	repErrUnsupported optReply = 1<<31 + 1
 	repErrPolicy      optReply = 1<<31 + 2
 	repErrInvalid     optReply = 1<<31 + 3
+	repErrTLSRequired optReply = 1<<31 + 5
 	repErrUnknown     optReply = 1<<31 + 6
 	repErrTooBig      optReply = 1<<31 + 9
 	repErrExtHeader   optReply = 1<<31 + 10

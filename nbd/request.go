@@ -3,6 +3,7 @@ package nbd
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/droverproject/drover/block"
 )
@@ -42,7 +43,26 @@ func (c *conn) charge(cost int64) {
 
 // acquire waits until a request of that cost may be in flight. A request that costs more than the bound is let in when
 // it is alone. What the reader has to say is said before it waits, since the client may wait for it.
-func (c *conn) acquire(cost int64) {
+//
+// Then it waits for its share of what all connections have together.
+func (c *conn) acquire(cost int64) error {
+	modest := c.acquireOwn(cost)
+	if cost == 0 {
+		return nil
+	}
+	if err := c.share(cost, modest); err != nil {
+		c.flow.Lock()
+		c.flow.inflight--
+		c.flow.bytes -= cost
+		c.flow.Unlock()
+		return err
+	}
+	return nil
+}
+
+// acquireOwn waits until the connection's own bounds allow a request of that cost, and reports whether all that it holds
+// is no more than what is guaranteed.
+func (c *conn) acquireOwn(cost int64) (modest bool) {
 	c.flow.Lock()
 	defer c.flow.Unlock()
 	if c.full(cost) {
@@ -55,6 +75,7 @@ func (c *conn) acquire(cost int64) {
 	}
 	c.flow.inflight++
 	c.flow.bytes += cost
+	return c.flow.bytes <= guaranteed
 }
 
 // full reports whether a request of that cost has to wait; flow is locked.
@@ -63,10 +84,16 @@ func (c *conn) full(cost int64) bool {
 		c.flow.bytes > 0 && c.flow.bytes+cost > c.srv.opts.MaxMemory
 }
 
-// waitForRoom waits until no more is in flight than the bound allows, which queued batches may have exceeded.
+// waitForRoom waits until no more is in flight than the bounds allow, which queued batches may have exceeded. While all
+// connections together hold too much, each waits for itself to get down to what is guaranteed. A payload that is coming in
+// does not count: only the reader can bring it to its end.
 func (c *conn) waitForRoom() {
+	var coming int64
+	if c.load != nil {
+		coming = c.load.cost
+	}
 	c.flow.Lock()
-	for c.flow.bytes > c.srv.opts.MaxMemory {
+	for c.flow.bytes-coming > c.srv.opts.MaxMemory || c.flow.bytes-coming > guaranteed && c.overdrawn() {
 		c.flow.room.Wait()
 	}
 	c.flow.Unlock()
@@ -81,6 +108,7 @@ func (c *conn) finish(r *request) {
 	}
 	c.flow.room.Signal()
 	c.flow.Unlock()
+	c.unshare(r.cost)
 	c.srv.buffers.put(r.buf)
 	clear(r.vecs)
 	*r = request{heads: r.heads[:0], vecs: r.vecs[:0], runs: r.runs[:0]}
@@ -147,7 +175,10 @@ func (c *conn) largePayload(h header, payload uint64) error {
 		}
 		return nil
 	}
-	r := c.accept(h)
+	r, err := c.accept(h)
+	if err != nil {
+		return err
+	}
 	r.buf = c.srv.buffers.get(int(payload))
 	c.loaded = copy(r.buf.b, there)
 	if c.loaded == int(payload) {
@@ -155,6 +186,9 @@ func (c *conn) largePayload(h header, payload uint64) error {
 		return nil
 	}
 	c.load = r
+	if limit := c.srv.opts.StallTimeout; limit > 0 {
+		c.loadBy = time.Now().Add(limit * time.Duration(1+payload/progress))
+	}
 	return nil
 }
 
@@ -216,6 +250,9 @@ func (c *conn) handle(h header, payload []byte) error {
 		c.replyError(h, e)
 		return nil
 	}
+	if c.pointless(h) {
+		return nil
+	}
 	if try := c.exp.try; try != nil {
 		switch {
 		case h.cmd == CmdRead && h.length-1 < inPlaceMax: // zero bytes wrap round: they are a worker's
@@ -228,7 +265,10 @@ func (c *conn) handle(h header, payload []byte) error {
 			}
 		}
 	}
-	r := c.accept(h)
+	r, err := c.accept(h)
+	if err != nil {
+		return err
+	}
 	if h.cmd == CmdWrite {
 		r.buf = c.srv.buffers.get(len(payload))
 		copy(r.buf.b, payload)
@@ -274,6 +314,15 @@ func (c *conn) writeInPlace(try block.TryDevice, h header, payload []byte) bool 
 	return true
 }
 
+// pointless reports whether a request has no effect but an answer, and nobody is there any more to take it: a client that
+// asked for much and went must not keep the device busy. What changes something is done all the same.
+func (c *conn) pointless(h header) bool {
+	if !c.broken.Load() {
+		return false
+	}
+	return h.cmd == CmdRead || h.cmd == CmdCache || h.cmd == CmdBlockStatus
+}
+
 func wouldBlock(err error) bool {
 	return err == block.ErrWouldBlock || errors.Is(err, block.ErrWouldBlock)
 }
@@ -284,13 +333,16 @@ func (c *conn) failed(h header, err error) {
 	}
 }
 
-// accept makes a request for a worker, once there is room for it.
-func (c *conn) accept(h header) *request {
-	cost := c.cost(h)
-	c.acquire(cost)
+// accept makes a request for a worker, once there is room for it. It fails only when the connection is cut off first.
+func (c *conn) accept(h header) (*request, error) {
+	// A block status for many contexts may cost more than there is; it counts for all there is then.
+	cost := min(c.cost(h), c.client.memory.limit)
+	if err := c.acquire(cost); err != nil {
+		return nil, err
+	}
 	r := c.srv.newRequest()
 	r.header, r.cost, r.slot = h, cost, true
-	return r
+	return r, nil
 }
 
 // cost is the memory that a request occupies.

@@ -17,6 +17,10 @@ const (
 
 // serve does what a request asks for and sends the reply.
 func (c *conn) serve(r *request) {
+	if c.pointless(r.header) {
+		c.send(r) // which only gives back what it holds
+		return
+	}
 	err := c.do(r)
 	if err != nil {
 		c.failed(r.header, err)

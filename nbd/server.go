@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sort"
 	"sync"
 	"time"
@@ -29,17 +30,32 @@ type Options struct {
 	MaxConnections int
 	// HandshakeTimeout is how long a client may take to choose an export, 10 seconds by default; negative means for ever.
 	HandshakeTimeout time.Duration
+	// MaxConnectionsPerClient bounds those of one client, told by its user on a unix socket and by its address on a network,
+	// without bound by default. A connection beyond it is closed at once. See also Options.MaxConnections: a client may
+	// fill at most half of those, but for the first eight, with connections that have no export.
+	MaxConnectionsPerClient int
 	// MaxRequest is the longest read or write, 32 MiB by default, which is also what clients may assume.
 	MaxRequest int
 	// MaxMemory bounds, for each connection, the bytes of payload in the hands of workers and in replies not yet taken
 	// by the client, 64 MiB by default. One request is always let through.
 	MaxMemory int64
+	// MaxTotalMemory bounds what MaxMemory does, for all connections together, 1 GiB by default and at least eight times
+	// MaxRequest. One client, as MaxConnectionsPerClient tells them, gets at most half of it. Above the bound, every
+	// connection may still have requests of 1 MiB in all; so that they do not exceed one client's half, it should be no
+	// less than 2 MiB for each connection.
+	MaxTotalMemory int64
 	// MaxInflight bounds, for each connection, the requests in the hands of workers, 64 by default. It is also the
 	// number of goroutines, give or take one, that the connection may occupy.
 	MaxInflight int
+	// StallTimeout is how long a client may take over the next MiB of its replies, or of the payload of a large write,
+	// before it is cut off and the memory that it holds is free again, 5 minutes by default; negative means for ever. An
+	// idle client is none that stands still.
+	StallTimeout time.Duration
 	// KeepAlive is how long a TCP connection is idle before the host probes whether the client is still there, one
 	// minute by default; negative means never.
 	KeepAlive time.Duration
+	// TLS is how connections may be encrypted, or have to be. Without it, they are not.
+	TLS *TLS
 	// DefaultExport is the export that a client gets when it names none and there is none of the empty name.
 	DefaultExport string
 	// Observer is told what happens.
@@ -60,9 +76,18 @@ func (o Options) withDefaults() Options {
 	if o.MaxMemory <= 0 {
 		o.MaxMemory = 64 << 20
 	}
+	if o.MaxTotalMemory <= 0 {
+		o.MaxTotalMemory = 1 << 30
+	}
+	// Half of it has to hold two of the longest requests, of which each occupies up to twice its length.
+	o.MaxTotalMemory = max(o.MaxTotalMemory, 8*int64(o.MaxRequest))
 	if o.MaxInflight <= 0 {
 		o.MaxInflight = 64
 	}
+	if o.StallTimeout == 0 {
+		o.StallTimeout = 5 * time.Minute
+	}
+	o.TLS = o.TLS.clone()
 	if o.KeepAlive == 0 {
 		o.KeepAlive = time.Minute
 	}
@@ -79,6 +104,8 @@ type Observer struct {
 	Disconnected func(c Conn, s Stats, err error)
 	// RequestFailed is called for a request that got an error reply because the device returned err.
 	RequestFailed func(c Conn, cmd Command, off, n uint64, err error)
+	// Refused is called for a connection that was closed at once; err wraps ErrTooMany.
+	Refused func(p Peer, err error)
 	// AcceptFailed is called when a listener failed to accept, before it tries again.
 	AcceptFailed func(l net.Addr, err error)
 }
@@ -88,6 +115,7 @@ type Conn struct {
 	ID     uint64 // counts the connections of the server
 	Remote string // address of the client, often empty for a unix socket
 	Export string // "" also during the handshake
+	Peer   Peer
 }
 
 // Stats counts what a connection did.
@@ -106,6 +134,9 @@ type Export struct {
 	Device block.Device
 	// ReadOnly refuses changes; it is implied by a read-only device.
 	ReadOnly bool
+	// Allow says who may use the export; nil lets everybody. For a client that may not, the export does not exist. It is
+	// called during the handshake, possibly several times, by several goroutines at once.
+	Allow func(Peer) bool
 	// Contexts are metadata contexts beside base:allocation and qemu:allocation-depth, which every export has.
 	Contexts []Context
 }
@@ -132,12 +163,14 @@ type Server struct {
 	slots   chan struct{} // holds a token for each connection; nil without bound
 	closing chan struct{} // closed by Shutdown
 	idle    chan struct{} // closed when closing and conns is empty
+	memory  budget        // for payload of all connections
 
 	mu        sync.Mutex
 	closed    bool
 	exports   map[string]*export
 	listeners map[*net.Listener]struct{}
 	conns     map[*conn]struct{}
+	clients   map[string]*client // those with connections, by Peer.key
 	lastID    uint64
 }
 
@@ -150,7 +183,9 @@ func NewServer(o Options) *Server {
 		exports:   make(map[string]*export),
 		listeners: make(map[*net.Listener]struct{}),
 		conns:     make(map[*conn]struct{}),
+		clients:   make(map[string]*client),
 	}
+	s.memory.limit = s.opts.MaxTotalMemory
 	if s.opts.MaxConnections > 0 {
 		s.slots = make(chan struct{}, s.opts.MaxConnections)
 	}
@@ -324,14 +359,27 @@ func (s *Server) accept(ctx context.Context, l net.Listener) error {
 			continue
 		}
 		delay = firstDelay
+		p := peerOf(nc)
+		g, err := s.admit(p)
+		if err != nil {
+			s.refuse(nc, p, err)
+			continue
+		}
 		if err := s.takeSlot(ctx); err != nil {
+			s.dismiss(g)
 			nc.Close()
 			return err
+		}
+		if err := s.welcome(g); err != nil {
+			s.releaseSlot()
+			s.dismiss(g)
+			s.refuse(nc, p, err)
+			continue
 		}
 		go func() {
 			defer s.releaseSlot()
 			// The error went to the observer.
-			_ = s.serve(context.WithoutCancel(ctx), nc)
+			_ = s.serve(context.WithoutCancel(ctx), nc, g)
 		}()
 	}
 }
@@ -377,32 +425,54 @@ func (s *Server) isClosed() bool {
 
 // ServeConn serves one connection and closes it. It returns nil when the client left or the server drained it, and the
 // error that ended the connection otherwise. When ctx ends, the connection is cut off, and ServeConn returns why ctx
-// ended. The connection counts against MaxConnections.
+// ended. The connection counts against MaxConnections, and is closed at once if its client has too many.
 func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
+	p := peerOf(nc)
+	g, err := s.admit(p)
+	if err != nil {
+		s.refuse(nc, p, err)
+		return err
+	}
 	if err := s.takeSlot(ctx); err != nil {
+		s.dismiss(g)
 		nc.Close()
 		return err
 	}
 	defer s.releaseSlot()
-	if err := s.serve(ctx, nc); err != nil {
+	if err := s.welcome(g); err != nil {
+		s.dismiss(g)
+		s.refuse(nc, p, err)
+		return err
+	}
+	if err := s.serve(ctx, nc, g); err != nil {
 		return err
 	}
 	return ctx.Err()
 }
 
-func (s *Server) serve(ctx context.Context, nc net.Conn) error {
+// refuse closes a connection whose client has too many.
+func (s *Server) refuse(nc net.Conn, p Peer, err error) {
+	nc.Close()
+	if f := s.opts.Observer.Refused; f != nil {
+		f(p, err)
+	}
+}
+
+// serve serves a connection that was admitted and welcomed.
+func (s *Server) serve(ctx context.Context, nc net.Conn, g *guest) error {
+	defer s.dismiss(g)
 	s.keepAlive(nc)
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	c := newConn(ctx, cancel, s, nc)
+	c := newConn(ctx, cancel, s, nc, g)
 	if err := s.register(c); err != nil {
 		nc.Close()
 		return err
 	}
 	stop := context.AfterFunc(ctx, c.abort)
-	err := c.run()
+	err := c.run(g)
 	stop()
-	nc.Close()
+	c.close()
 	if f := s.opts.Observer.Disconnected; f != nil {
 		f(c.describe(), c.stats(), err)
 	}
@@ -449,18 +519,31 @@ func (s *Server) unregister(c *conn) {
 	}
 }
 
-// lookup finds the export that a client means by name.
-func (s *Server) lookup(name string) *export {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.lookupLocked(name)
-}
-
-func (s *Server) lookupLocked(name string) *export {
-	if x := s.exports[name]; x != nil || name != "" {
+// lookup finds the export that a client means by name, if it may use it.
+func (s *Server) lookup(name string, p Peer) *export {
+	x := s.named(name)
+	if x.allows(p) {
 		return x
 	}
-	return s.exports[s.opts.DefaultExport]
+	if name != "" {
+		return nil
+	}
+	if x = s.named(s.opts.DefaultExport); x.allows(p) {
+		return x
+	}
+	return nil
+}
+
+func (s *Server) named(name string) *export {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.exports[name]
+}
+
+// allows reports whether there is an export and a client may use it. It is called without Server.mu, since Allow is not
+// the server's.
+func (x *export) allows(p Peer) bool {
+	return x != nil && (x.Allow == nil || x.Allow(p))
 }
 
 // attach binds a connection to an export, so that RemoveExport waits for it. The connection's handshake looked x up
@@ -476,14 +559,15 @@ func (s *Server) attach(c *conn, x *export) bool {
 	return true
 }
 
-// list returns the exports in the order of their names.
-func (s *Server) list() []*export {
+// list returns the exports that a client may use, in the order of their names.
+func (s *Server) list(p Peer) []*export {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	list := make([]*export, 0, len(s.exports))
 	for _, x := range s.exports {
 		list = append(list, x)
 	}
+	s.mu.Unlock()
+	list = slices.DeleteFunc(list, func(x *export) bool { return !x.allows(p) })
 	sort.Slice(list, func(i, j int) bool { return list[i].Name < list[j].Name })
 	return list
 }

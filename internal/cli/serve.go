@@ -59,6 +59,7 @@ everything is written and flushed; a second signal ends it at once.`,
 	f.BoolVarP(&s.forceShare, "force-share", "U", false, "serve images that somebody else writes to (needs --read-only)")
 	f.IntVar(&s.maxConnections, "max-connections", 100, "serve at most `N` clients at a time, 0 for any number")
 	f.DurationVar(&s.handshake, "handshake-timeout", 10*time.Second, "`time` that a client has to choose an export, 0 for ever")
+	s.security.add(f)
 	s.policy.add(f)
 	return cmd
 }
@@ -72,6 +73,8 @@ type server struct {
 	maxConnections           int
 	handshake                time.Duration
 	policy                   policyFlags
+	security                 securityFlags
+	notifier                 *daemon.Notifier
 }
 
 func (s *server) run(cmd *cobra.Command, args []string) error {
@@ -85,12 +88,20 @@ func (s *server) run(cmd *cobra.Command, args []string) error {
 	if len(config.Addresses)+len(config.Listeners) == 0 {
 		config.Addresses = []daemon.Address{{TCP: defaultListen}}
 	}
+	if err := s.security.complete(&config); err != nil {
+		return err
+	}
 	// From here on a signal means to stop in order, also while images are being opened.
 	ctx, signals := catchSignals(cmd.Context())
 	defer signals.release()
 	d, err := daemon.Open(ctx, config)
 	if err != nil {
 		return serveError(err)
+	}
+	s.connectNotifier()
+	defer s.notifier.Close()
+	if err := s.confine(&s.security, d); err != nil {
+		return err
 	}
 	s.announce(d)
 	return s.serve(ctx, d, signals)
@@ -114,9 +125,16 @@ func (s *server) serve(ctx context.Context, d *daemon.Daemon, signals *signalWat
 	}
 }
 
-// notify tells the service manager, whose absence or failure is no reason to stop.
+// connectNotifier finds the service manager, whose absence or failure is no reason to stop.
+func (s *server) connectNotifier() {
+	var err error
+	if s.notifier, err = daemon.NewNotifier(os.Getenv); err != nil {
+		s.say("%v", err)
+	}
+}
+
 func (s *server) notify(state string) {
-	if err := daemon.Notify(os.Getenv, state); err != nil {
+	if err := s.notifier.Tell(state); err != nil {
 		s.say("%v", err)
 	}
 }
@@ -196,11 +214,22 @@ func (s *server) observer() nbd.Observer {
 		defer mu.Unlock()
 		s.say(format, args...)
 	}
-	var failures limiter
+	var failures, turnedAway limiter
 	return nbd.Observer{
 		Disconnected: func(c nbd.Conn, _ nbd.Stats, err error) {
-			if err != nil && c.Export != "" {
-				say("client %d %s of export %q: %v", c.ID, c.Remote, c.Export, err)
+			switch {
+			case err == nil:
+			case c.Export != "":
+				say("client %d (%v) of export %q: %v", c.ID, c.Peer, c.Export, err)
+			case errors.Is(err, nbd.ErrTLS):
+				if ok, dropped := turnedAway.allow(time.Now()); ok {
+					say("client %d (%v): %v%s", c.ID, c.Peer, err, andDropped(dropped))
+				}
+			}
+		},
+		Refused: func(p nbd.Peer, err error) {
+			if ok, dropped := turnedAway.allow(time.Now()); ok {
+				say("client (%v): %v%s", p, err, andDropped(dropped))
 			}
 		},
 		RequestFailed: func(c nbd.Conn, cmd nbd.Command, off, n uint64, err error) {

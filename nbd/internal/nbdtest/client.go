@@ -3,6 +3,7 @@ package nbdtest
 import (
 	"bufio"
 	"bytes"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -31,6 +32,7 @@ const (
 	RepInfo   = 3
 	RepMeta   = 4
 
+	RepErrTLSReqd   = 1<<31 | 5
 	RepErrUnsup     = 1<<31 | 1
 	RepErrPolicy    = 1<<31 | 2
 	RepErrInvalid   = 1<<31 | 3
@@ -197,6 +199,20 @@ func (c *Client) Must(opt uint32, data []byte) ([]OptionReply, error) {
 		return nil, fmt.Errorf("option %d is refused with %#x: %s", opt, last.Type, last.Data)
 	}
 	return list[:len(list)-1], nil
+}
+
+// StartTLS encrypts the connection.
+func (c *Client) StartTLS(config *tls.Config) error {
+	if _, err := c.Must(OptStartTLS, nil); err != nil {
+		return err
+	}
+	tc := tls.Client(c.Conn, config)
+	if err := tc.Handshake(); err != nil {
+		return fmt.Errorf("encrypting: %w", err)
+	}
+	c.Conn, c.r = tc, bufio.NewReaderSize(tc, 64<<10)
+	c.Structured, c.Extended = false, false
+	return nil
 }
 
 // WantStructured negotiates structured replies.
