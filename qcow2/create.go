@@ -123,8 +123,6 @@ func newHeader(o CreateOptions) (*format.Header, error) {
 		return nil, invalid("backing format name is longer than %d bytes", format.MaxBackingFormat)
 	case o.BackingFile != "" && o.Preallocation != PreallocOff:
 		return nil, invalid("backing file and preallocation can only be used at the same time if extended_l2 is enabled")
-	case o.ExtendedL2 && o.Preallocation != PreallocOff:
-		return nil, invalid("preallocation with extended L2 entries is not available in this version")
 	}
 	if err := errors.Join(v3only(refBits != 16, "a refcount width other than 16 bits"), v3only(o.LazyRefcounts, "lazy refcounts"),
 		v3only(o.ExtendedL2, "extended L2 entries"), v3only(o.CompressionType != CompressionZlib, "a compression type other than zlib")); err != nil {
@@ -279,8 +277,8 @@ func (im *Image) mapRun(c meta.GuestCluster, n int64, mode Preallocation) (int64
 	if err := im.reserve(int64(host), length, mode); err != nil {
 		return 0, errors.Join(err, im.meta.Refs.Release(run))
 	}
-	edit.Put(0, run.N, func(k int64, _ format.L2Entry) format.L2Entry {
-		return format.MakeL2(host+format.HostOff(k<<im.lay.ClusterBits), true)
+	edit.Put(0, run.N, func(k int64, _ meta.Entry) meta.Entry {
+		return im.dataEntry(host + format.HostOff(k<<im.lay.ClusterBits))
 	})
 	im.meta.Wrote(int64(host), 1)
 	return run.N, nil

@@ -74,13 +74,11 @@ func (im *Image) kindExtents(ctx context.Context, off, n, in int64, e format.L2E
 	fn func(block.Extent) bool) (bool, error) {
 	x := block.Extent{Off: off, Len: n, Allocated: true}
 	switch kind {
-	case format.SubReserved:
-		if im.backing == nil { // zeroes that have a place of their own on the host
-			return fn(block.Extent{Off: off, Len: n, Zero: true, HasHost: true, Host: int64(e.HostOffset()) + in, File: im.data.Stat().Name}), nil
-		}
-		return im.backingExtents(ctx, off, n, fn)
+	case format.SubReserved: // what the layers below do not decide are zeroes that have a place on the host
+		rest := block.Extent{Zero: true, HasHost: true, Host: int64(e.HostOffset()) + in - off, File: im.data.Stat().Name}
+		return im.backingExtents(ctx, off, n, rest, fn)
 	case format.SubUnallocated:
-		return im.backingExtents(ctx, off, n, fn)
+		return im.backingExtents(ctx, off, n, block.Extent{Zero: true}, fn)
 	case format.SubNormal:
 		x.Data, x.HasHost, x.Host, x.File = true, true, int64(e.HostOffset())+in, im.data.Stat().Name
 	case format.SubCompressed:
@@ -93,13 +91,15 @@ func (im *Image) kindExtents(ctx context.Context, off, n, in int64, e format.L2E
 	return fn(x), nil
 }
 
-// backingExtents reports what the devices below say of a range that this image does not allocate.
-func (im *Image) backingExtents(ctx context.Context, off, n int64, fn func(block.Extent) bool) (bool, error) {
-	if im.backing == nil {
-		return fn(block.Extent{Off: off, Len: n, Zero: true}), nil
+// backingExtents reports what the devices below say of a range that this image does not allocate. Behind their end this
+// image is the last layer: rest is how it looks there, its Host still without the guest offset.
+func (im *Image) backingExtents(ctx context.Context, off, n int64, rest block.Extent, fn func(block.Extent) bool) (bool, error) {
+	inside := int64(0)
+	if im.backing != nil {
+		inside = max(min(n, im.backing.Size()-off), 0)
 	}
-	more := true
-	if inside := min(n, im.backing.Size()-off); inside > 0 {
+	if inside > 0 {
+		more := true
 		err := im.backing.Extents(ctx, off, inside, func(x block.Extent) bool {
 			x.Depth++
 			more = fn(x)
@@ -108,11 +108,13 @@ func (im *Image) backingExtents(ctx context.Context, off, n int64, fn func(block
 		if err != nil || !more {
 			return false, err
 		}
-		off, n = off+inside, n-inside
 	}
-	if n == 0 {
+	if inside == n {
 		return true, nil
 	}
-	// Behind the end of the backing device this image is the last layer.
-	return fn(block.Extent{Off: off, Len: n, Zero: true}), nil
+	rest.Off, rest.Len = off+inside, n-inside
+	if rest.HasHost {
+		rest.Host += rest.Off
+	}
+	return fn(rest), nil
 }

@@ -240,7 +240,6 @@ func (im *Image) refuse(o Options) error {
 		{h.Incompat&format.IncompatDirty != 0, "it was not closed cleanly and its refcounts must be repaired first (qemu-img check -r all)"},
 		{h.Incompat&format.IncompatCorrupt != 0, "it is marked corrupt"},
 		{h.Incompat&format.IncompatDataFile != 0, "writing an external data file is not available in this version"},
-		{h.Incompat&format.IncompatExtL2 != 0, "writing extended L2 entries is not available in this version"},
 		{h.Bitmaps != nil, "it has dirty bitmaps, and maintaining them is not available in this version"},
 	} {
 		if c.yes {
@@ -331,7 +330,7 @@ func (im *Image) Info() block.Info {
 	cs := int(im.lay.ClusterSize())
 	return block.Info{
 		Format: "qcow2", Name: im.name, ReadOnly: im.readOnly,
-		MinAlign: 1, PreferAlign: max(4096, min(cs, 64<<10)), DiscardAlign: cs,
+		MinAlign: 1, PreferAlign: max(4096, min(cs, 64<<10)), DiscardAlign: int(im.lay.SubclusterSize()),
 		FastZero: im.lay.Version >= format.Version3, Volatile: true,
 	}
 }

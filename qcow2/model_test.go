@@ -26,7 +26,7 @@ type variant struct {
 }
 
 func (v variant) String() string {
-	return fmt.Sprintf("v%d cluster=%d refcount=%d size=%d backing=%d prealloc=%d cache=%d", v.create.Version, v.create.ClusterSize,
+	return fmt.Sprintf("v%d extended=%v cluster=%d refcount=%d size=%d backing=%d prealloc=%d cache=%d", v.create.Version, v.create.ExtendedL2, v.create.ClusterSize,
 		v.create.RefcountBits, v.create.Size, v.backing, v.create.Preallocation, v.cache)
 }
 
@@ -41,6 +41,10 @@ func drawVariant(r *rand.Rand) variant {
 		c.RefcountBits = int(pick(1, 2, 4, 8, 16, 32, 64))
 	}
 	c.Size = (pick(1, 3, 8)*c.ClusterSize*pick(1, 7, 30) + pick(0, 512, 3*512)) & (8<<20 - 1)
+	if c.Version == 3 && r.IntN(4) == 0 {
+		c.ExtendedL2, c.ClusterSize = true, pick(16384, 32768, 65536, 2<<20)
+		c.Size = (c.ClusterSize*pick(1, 5, 9) + pick(0, 512, 3*512)) & (8<<20 - 1)
+	}
 	if r.IntN(2) == 0 {
 		v.backing = pick(512, c.Size/2, c.Size, c.Size*2) &^ 511
 	} else if r.IntN(3) == 0 {

@@ -237,3 +237,48 @@ func (im *Image) zeroRead(kind format.L2Kind, off int64) bool {
 	}
 	return false
 }
+
+// zeroPrefix returns how many of the n bytes at guest offset off, in bytes into a run, read as zeroes by the mapping alone.
+func (im *Image) zeroPrefix(run meta.Run, off, in, n int64) int64 {
+	if !im.lay.ExtendedL2 || run.N > 1 || run.Kind == format.KindCompressed {
+		if im.zeroRead(run.Kind, off) {
+			return n
+		}
+		return 0
+	}
+	return im.subPrefix(in, n, func(i int, at int64) bool {
+		switch im.lay.SubKind(run.Entry, run.Bitmap, i) {
+		case format.SubZeroPlain, format.SubZeroAlloc:
+			return true
+		case format.SubUnallocated, format.SubReserved:
+			return im.zeroRead(format.KindUnallocated, off+at)
+		}
+		return false
+	})
+}
+
+// inPlacePrefix returns how many of the n bytes that lie in bytes into a run can be overwritten without a change of the
+// mapping.
+func (im *Image) inPlacePrefix(run meta.Run, in, n int64) int64 {
+	if !inPlace(run.Kind, run.Copied) {
+		return 0
+	}
+	if !im.lay.ExtendedL2 {
+		return n
+	}
+	return im.subPrefix(in, n, func(i int, _ int64) bool { return run.Bitmap.Alloc(i) })
+}
+
+// subPrefix returns how many of the n bytes that lie in bytes into a cluster belong to leading subclusters for which ok
+// holds; at is how far the subcluster's first byte of interest is from the start.
+func (im *Image) subPrefix(in, n int64, ok func(i int, at int64) bool) int64 {
+	size := im.lay.SubclusterSize()
+	for done := int64(0); done < n; {
+		i := int((in + done) / size)
+		if !ok(i, done) {
+			return done
+		}
+		done = int64(i+1)*size - in
+	}
+	return n
+}

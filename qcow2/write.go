@@ -43,6 +43,8 @@ func (im *Image) change(ctx context.Context, fn func() error) error {
 	if err := im.meta.Pressure(ctx); err != nil {
 		return fmt.Errorf("making room in the metadata cache: %w", err)
 	}
+	// The epoch can move on past the last zeroing only while this request is not in it; see mayReuseZeroed.
+	im.mayReuseZeroed()
 	t, err := im.enter()
 	if err != nil {
 		return err
@@ -65,7 +67,7 @@ func (im *Image) TryWriteAt(p []byte, off int64) error {
 	if err != nil {
 		return wouldBlock(err)
 	}
-	if !inPlace(run.Kind, run.Copied) || im.runBytes(run, in, len(p)) < len(p) {
+	if n := int64(len(p)); im.inPlacePrefix(run, in, int64(im.runBytes(run, in, len(p)))) < n {
 		return block.ErrWouldBlock
 	}
 	return im.overwrite(p, off, int64(run.Entry.HostOffset())+in)
@@ -82,9 +84,8 @@ func (im *Image) write(ctx context.Context, p []byte, off int64) error {
 		if err != nil {
 			return fmt.Errorf("looking up guest offset %#x: %w", off, err)
 		}
-		var n int
-		if inPlace(run.Kind, run.Copied) {
-			n = im.runBytes(run, in, len(p))
+		n := int(im.inPlacePrefix(run, in, int64(im.runBytes(run, in, len(p)))))
+		if n > 0 {
 			err = im.overwrite(p[:n], off, int64(run.Entry.HostOffset())+in)
 		} else {
 			n, err = im.allocate(ctx, p, off)
@@ -109,7 +110,7 @@ func (im *Image) overwrite(p []byte, off, host int64) error {
 	return nil
 }
 
-// allocation is one step of a write that gives guest clusters their own host clusters.
+// allocation is one step of a write that changes the mapping: guest clusters, or subclusters of one, get a place.
 type allocation struct {
 	im   *Image
 	edit meta.Edit
@@ -120,6 +121,9 @@ type allocation struct {
 	fresh bool           // host is newly allocated and goes back on failure
 	// virgin: host reads as zeroes already.
 	virgin bool
+	// from and to bound what is written, in bytes from the start of the first cluster: the data, and what the guest reads
+	// before and after it in the units that it covers in part.
+	from, to int64
 }
 
 // allocate writes the first part of p into clusters that cannot be overwritten in place: unallocated, zero, compressed or
@@ -139,11 +143,12 @@ func (im *Image) allocate(ctx context.Context, p []byte, off int64) (int, error)
 	defer edit.Done()
 
 	a := allocation{im: im, edit: edit, first: first}
-	if more, err := a.plan(min(int64(last-first)+1, edit.N)); err != nil || !more {
+	in := im.lay.GuestInCluster(format.GuestOff(off))
+	if more, err := a.plan(min(int64(last-first)+1, edit.N), in); err != nil || !more {
 		return 0, err
 	}
-	in := im.lay.GuestInCluster(format.GuestOff(off))
 	n := int(min(int64(len(p)), a.n<<im.lay.ClusterBits-in))
+	a.bound(in, in+int64(n))
 	if err := a.store(ctx, p[:n], off, in); err != nil {
 		return 0, a.undo(err)
 	}
@@ -152,41 +157,41 @@ func (im *Image) allocate(ctx context.Context, p []byte, off int64) (int, error)
 }
 
 // plan finds how many of the next most clusters go together and where. It reports false when the first one can be
-// overwritten in place by now.
-func (a *allocation) plan(most int64) (bool, error) {
+// overwritten in place by now, from in bytes into it.
+func (a *allocation) plan(most, in int64) (bool, error) {
 	im := a.im
 	e := a.edit.Entry(0)
-	kind := im.lay.Kind(e)
-	if kind == format.KindInvalid {
-		return false, &CorruptError{Reason: fmt.Sprintf("L2 entry %#x of guest cluster %d", uint64(e), a.first)}
+	kind := im.lay.Kind(e.Word)
+	if kind == format.KindInvalid || im.lay.ExtendedL2 && !im.lay.ValidBitmap(e.Word, e.Bitmap) {
+		return false, im.invalidEntry(e, a.first)
 	}
-	if inPlace(kind, e.Copied()) {
+	run := meta.Run{Kind: kind, Copied: e.Word.Copied(), Entry: e.Word, Bitmap: e.Bitmap, N: 1}
+	if im.inPlacePrefix(run, in, 1) > 0 {
 		return false, nil
 	}
 	reuse := im.mayReuseZeroed()
-	if reuse && reusable(kind, e) {
-		a.host = e.HostOffset()
+	if reuse && im.reusable(e) {
+		a.host = e.Word.HostOffset()
 		for a.n = 1; a.n < most; a.n++ {
 			next := a.edit.Entry(a.n)
-			if !reusable(im.lay.Kind(next), next) || next.HostOffset() != a.host+format.HostOff(a.n<<im.lay.ClusterBits) {
+			if !im.reusable(next) || next.Word.HostOffset() != a.host+format.HostOff(a.n<<im.lay.ClusterBits) {
 				break
 			}
 		}
 		return true, im.meta.Guard(a.host, a.n<<im.lay.ClusterBits)
 	}
-	for a.n = 1; a.n < most; a.n++ {
-		next := a.edit.Entry(a.n)
-		k := im.lay.Kind(next)
-		if inPlace(k, next.Copied()) || reuse && reusable(k, next) || k == format.KindInvalid {
-			break
-		}
+	for a.n = 1; a.n < most && im.needsCluster(a.edit.Entry(a.n), reuse); a.n++ {
 	}
-	run, virgin, err := im.meta.Refs.Alloc(a.n)
+	alloc, virgin, err := im.meta.Refs.Alloc(a.n)
 	if err != nil {
 		return false, fmt.Errorf("allocating %d clusters for guest cluster %d: %w", a.n, a.first, err)
 	}
-	a.n, a.host, a.fresh, a.virgin = run.N, im.lay.Offset(run.First), true, virgin
+	a.n, a.host, a.fresh, a.virgin = alloc.N, im.lay.Offset(alloc.First), true, virgin
 	return true, nil
+}
+
+func (im *Image) invalidEntry(e meta.Entry, c meta.GuestCluster) error {
+	return &CorruptError{Reason: fmt.Sprintf("L2 entry %#x %#x of guest cluster %d", uint64(e.Word), uint64(e.Bitmap), c)}
 }
 
 // mayReuseZeroed reports whether no request can be running that took a cluster for data before it was zeroed with its
@@ -194,56 +199,100 @@ func (a *allocation) plan(most int64) (bool, error) {
 // would write over it. Until they have ended, writes to zeroed clusters go to new ones.
 func (im *Image) mayReuseZeroed() bool { return im.meta.Epochs.Safe(im.zeroedAt.Load()) }
 
-// reusable reports whether a zero cluster keeps a host cluster of its own that data can go to.
-func reusable(kind format.L2Kind, e format.L2Entry) bool {
-	return kind == format.KindZeroAlloc && e.Copied()
+// reusable reports whether a cluster has a host cluster of its own that data can go to with a change of the entry: a zero
+// cluster, or one some of whose subclusters hold no data.
+func (im *Image) reusable(e meta.Entry) bool {
+	if !e.Word.Copied() {
+		return false
+	}
+	kind := im.lay.Kind(e.Word)
+	return kind == format.KindZeroAlloc || im.lay.ExtendedL2 && kind == format.KindNormal && im.lay.ValidBitmap(e.Word, e.Bitmap)
 }
 
-// store writes p to the new clusters with what the guest reads before and after it in the first and last of them, in one
-// vectored write. Nothing points to the clusters yet, so a failure harms nobody.
+// needsCluster reports whether a cluster must get a new host cluster to be written.
+func (im *Image) needsCluster(e meta.Entry, reuse bool) bool {
+	kind := im.lay.Kind(e.Word)
+	switch {
+	case kind == format.KindInvalid:
+		return false
+	case reuse && im.reusable(e):
+		return false
+	case im.lay.ExtendedL2:
+		return im.lay.ValidBitmap(e.Word, e.Bitmap) && !(kind == format.KindNormal && e.Word.Copied() && e.Bitmap == format.BitmapAllAlloc)
+	}
+	return !inPlace(kind, e.Word.Copied())
+}
+
+// bound widens the data, bytes [from, to) from the start of the first cluster, to what must be written with it. A cluster
+// without subclusters is written whole. So is one that leaves data behind: a shared or a compressed one. Otherwise the
+// subclusters at either end are filled up, unless they hold data already.
+func (a *allocation) bound(from, to int64) {
+	im := a.im
+	cs, unit := im.lay.ClusterSize(), im.lay.SubclusterSize()
+	first, last := a.edit.Entry(0), a.edit.Entry(a.n-1)
+	a.from = from / unit * unit
+	a.to = (to + unit - 1) / unit * unit
+	if !im.lay.ExtendedL2 {
+		return
+	}
+	if a.leavesData(first) {
+		a.from = 0
+	} else if !a.fresh && first.Bitmap.Alloc(int(from/unit)) {
+		a.from = from
+	}
+	if a.leavesData(last) {
+		a.to = a.n * cs
+	} else if end := (to - 1) % cs / unit; !a.fresh && last.Bitmap.Alloc(int(end)) {
+		a.to = to
+	}
+}
+
+// leavesData reports whether the cluster moves and has data that must move with it.
+func (a *allocation) leavesData(e meta.Entry) bool {
+	kind := a.im.lay.Kind(e.Word)
+	return a.fresh && (kind == format.KindNormal || kind == format.KindCompressed)
+}
+
+// store writes p with what the guest reads around it between from and to, in one vectored write. Nothing points to what it
+// overwrites, so a failure harms nobody.
 func (a *allocation) store(ctx context.Context, p []byte, off, in int64) error {
 	im := a.im
-	after := a.n<<im.lay.ClusterBits - in - int64(len(p))
-	host := int64(a.host)
-	if in == 0 && after == 0 {
-		return a.writeHost([][]byte{p}, host, off)
+	end := in + int64(len(p))
+	if a.from == in && a.to == end {
+		return a.writeHost([][]byte{p}, in, off)
 	}
 	buf := im.cow.Get().(*[]byte)
 	defer im.cow.Put(buf)
-	head, tail := (*buf)[:in], (*buf)[in:in+after]
-	needHead, err := a.copyOld(ctx, head, a.edit.Entry(0), off-in)
+	before, after := in-a.from, a.to-end
+	head, tail := (*buf)[:before], (*buf)[before:before+after]
+	needHead, err := a.copyOld(ctx, head, off-before)
 	if err != nil {
 		return err
 	}
-	needTail, err := a.copyOld(ctx, tail, a.edit.Entry(a.n-1), off+int64(len(p)))
+	needTail, err := a.copyOld(ctx, tail, off+int64(len(p)))
 	if err != nil {
 		return err
 	}
-	vec := make([][]byte, 0, 3)
+	vec, at := make([][]byte, 0, 3), in
 	if needHead {
-		vec = append(vec, head)
-	} else {
-		host += in
+		vec, at = append(vec, head), a.from
 	}
 	vec = append(vec, p)
 	if needTail {
 		vec = append(vec, tail)
 	}
-	return a.writeHost(vec, host, off)
+	return a.writeHost(vec, at, off)
 }
 
-// copyOld fills b with what the guest reads at off now, in a cluster with entry e. It reports false when that need not be
-// written: b is empty, or zeroes where the host has zeroes already. The disk may end within b; zeroes follow.
-func (a *allocation) copyOld(ctx context.Context, b []byte, e format.L2Entry, off int64) (bool, error) {
+// copyOld fills b with what the guest reads at off now. It reports false when that need not be written: b is empty, or
+// zeroes where the host has zeroes already. The disk may end within b; zeroes follow.
+func (a *allocation) copyOld(ctx context.Context, b []byte, off int64) (bool, error) {
 	im := a.im
-	if len(b) == 0 {
-		return false, nil
-	}
-	if im.zeroRead(im.lay.Kind(e), off) {
-		clear(b)
-		return !a.virgin, nil
-	}
 	inside := max(min(int64(len(b)), im.size-off), 0)
+	if zero, err := im.partIsZero(span{off, inside}); err != nil || zero {
+		clear(b)
+		return len(b) > 0 && !a.virgin, err
+	}
 	clear(b[inside:])
 	if err := im.read(ctx, b[:inside], off); err != nil {
 		return false, fmt.Errorf("copying on write: %w", err)
@@ -251,7 +300,9 @@ func (a *allocation) copyOld(ctx context.Context, b []byte, e format.L2Entry, of
 	return true, nil
 }
 
-func (a *allocation) writeHost(vec [][]byte, host, off int64) error {
+// writeHost writes at bytes from the start of the first cluster.
+func (a *allocation) writeHost(vec [][]byte, at, off int64) error {
+	host := int64(a.host) + at
 	err := storage.WriteVFull(a.im.data, vec, host)
 	a.im.meta.Wrote(int64(a.host), a.n<<a.im.lay.ClusterBits)
 	if err != nil {
@@ -272,17 +323,37 @@ func (a *allocation) undo(err error) error {
 	return err
 }
 
-// link points the mapping to the new clusters and lets go of what it pointed to.
+// link points the mapping to what was written and lets go of what it pointed to.
 func (a *allocation) link() {
 	im := a.im
 	var old retireList
-	a.edit.Put(0, a.n, func(k int64, e format.L2Entry) format.L2Entry {
+	a.edit.Put(0, a.n, func(k int64, e meta.Entry) meta.Entry {
 		if a.fresh {
-			old.add(im.lay, e, false)
+			old.add(im.lay, e.Word, false)
 		}
-		return format.MakeL2(a.host+format.HostOff(k<<im.lay.ClusterBits), true)
+		entry := im.dataEntry(a.host + format.HostOff(k<<im.lay.ClusterBits))
+		if im.lay.ExtendedL2 {
+			entry.Bitmap = a.bitmap(k, e)
+		}
+		return entry
 	})
 	old.retire(im.meta.Refs)
+}
+
+// dataEntry returns the entry of a cluster at host that this image has for itself, all of it data.
+func (im *Image) dataEntry(host format.HostOff) meta.Entry {
+	e := meta.Entry{Word: format.MakeL2(host, true)}
+	if im.lay.ExtendedL2 {
+		e.Bitmap = format.BitmapAllAlloc
+	}
+	return e
+}
+
+// bitmap returns the new bitmap of the k-th cluster: what was written is data, the rest stays what it was.
+func (a *allocation) bitmap(k int64, old meta.Entry) format.L2Bitmap {
+	cs, unit := a.im.lay.ClusterSize(), a.im.lay.SubclusterSize()
+	from, to := max(a.from-k*cs, 0), min(a.to-k*cs, cs)
+	return old.Bitmap.SetAlloc(int(from/unit), int((to+unit-1)/unit))
 }
 
 // retireList gathers the references that entries held, to be given up after the entries have changed.

@@ -28,7 +28,7 @@ func (im *Image) WriteZeroes(ctx context.Context, off, n int64, flags block.Zero
 }
 
 func (im *Image) writeZeroes(ctx context.Context, off, n int64, flags block.ZeroFlags) error {
-	head, body, tail := im.splitClusters(off, n)
+	head, body, tail := im.splitUnits(off, n)
 	unmap := flags&block.ZeroUnmap != 0
 	plain := im.lay.Version < format.Version3 && (!unmap || im.backing != nil) // no mapping stands for these zeroes
 	err := im.change(ctx, func() error {
@@ -37,10 +37,12 @@ func (im *Image) writeZeroes(ctx context.Context, off, n int64, flags block.Zero
 				return err
 			}
 		}
-		if err := im.zeroByWriting(ctx, head); err != nil {
-			return err
+		for _, part := range append(im.compressedEdges(body), head, tail) {
+			if err := im.zeroByWriting(ctx, part); err != nil {
+				return err
+			}
 		}
-		return im.zeroByWriting(ctx, tail)
+		return nil
 	})
 	if err != nil {
 		return err
@@ -48,11 +50,7 @@ func (im *Image) writeZeroes(ctx context.Context, off, n int64, flags block.Zero
 	if plain {
 		return im.change(ctx, func() error { return im.zeroByWriting(ctx, body) })
 	}
-	return im.eachMapped(ctx, body, func(e format.L2Entry, kind format.L2Kind, off int64) bool {
-		return !im.zeroRead(kind, off) || unmap && kind == format.KindZeroAlloc
-	}, func(e format.L2Entry) (format.L2Entry, bool) {
-		return im.zeroed(e, unmap)
-	})
+	return im.zeroMapping(ctx, zeroing{im, body, unmap})
 }
 
 // span is a range of guest bytes.
@@ -60,12 +58,13 @@ type span struct{ off, n int64 }
 
 func (s span) end() int64 { return s.off + s.n }
 
-// splitClusters divides a range into the whole clusters in it and the parts of clusters before and after. The last
-// cluster is whole when the range reaches the end of the disk. A range that holds no whole cluster is all head.
-func (im *Image) splitClusters(off, n int64) (head, body, tail span) {
-	cs := im.lay.ClusterSize()
-	start := (off + cs - 1) &^ (cs - 1)
-	end := (off + n) &^ (cs - 1)
+// splitUnits divides a range into the whole units of allocation in it (clusters, or subclusters where there are any) and the
+// parts of units before and after. The last unit is whole when the range reaches the end of the disk. A range that holds
+// no whole unit is all head.
+func (im *Image) splitUnits(off, n int64) (head, body, tail span) {
+	unit := im.lay.SubclusterSize()
+	start := (off + unit - 1) &^ (unit - 1)
+	end := (off + n) &^ (unit - 1)
 	if off+n == im.size {
 		end = off + n
 	}
@@ -73,6 +72,25 @@ func (im *Image) splitClusters(off, n int64) (head, body, tail span) {
 		return span{off, n}, span{}, span{}
 	}
 	return span{off, start - off}, span{start, end - start}, span{end, off + n - end}
+}
+
+// compressedEdges returns the parts of s that are parts of compressed clusters. Their zeroes cannot be mapped: a compressed
+// cluster has no subclusters.
+func (im *Image) compressedEdges(s span) []span {
+	if !im.lay.ExtendedL2 || s.n == 0 {
+		return nil
+	}
+	cs := im.lay.ClusterSize()
+	var edges []span
+	for _, at := range []int64{s.off &^ (cs - 1), (s.end() - 1) &^ (cs - 1)} {
+		part := span{max(at, s.off), min(at+cs, s.end()) - max(at, s.off)}
+		whole := part.off == at && (part.n == cs || part.end() == im.size)
+		run, _, err := im.lookup(at, 1, true)
+		if err == nil && run.Kind == format.KindCompressed && !whole {
+			edges = append(edges, part)
+		}
+	}
+	return edges
 }
 
 // fastZero returns block.ErrNoFastZero if zeroing these parts would write zeroes out.
@@ -102,10 +120,10 @@ func (im *Image) partIsZero(s span) (bool, error) {
 		if err != nil {
 			return false, fmt.Errorf("looking up guest offset %#x: %w", s.off, err)
 		}
-		if !im.zeroRead(run.Kind, s.off) {
+		n := min(s.n, run.N<<im.lay.ClusterBits-in)
+		if im.zeroPrefix(run, s.off, in, n) < n {
 			return false, nil
 		}
-		n := min(s.n, run.N<<im.lay.ClusterBits-in)
 		s.off, s.n = s.off+n, s.n-n
 	}
 	return true, nil
@@ -118,9 +136,10 @@ func (im *Image) zeroByWriting(ctx context.Context, s span) error {
 		if err != nil {
 			return fmt.Errorf("looking up guest offset %#x: %w", s.off, err)
 		}
-		n := min(s.n, run.N<<im.lay.ClusterBits-in)
-		if !im.zeroRead(run.Kind, s.off) {
-			n = min(n, int64(len(zeroChunk)))
+		most := min(s.n, run.N<<im.lay.ClusterBits-in)
+		n := im.zeroPrefix(run, s.off, in, most)
+		if n == 0 {
+			n = min(most, int64(len(zeroChunk)))
 			if err := im.write(ctx, zeroChunk[:n], s.off); err != nil {
 				return err
 			}
@@ -128,21 +147,6 @@ func (im *Image) zeroByWriting(ctx context.Context, s span) error {
 		s.off, s.n = s.off+n, s.n-n
 	}
 	return nil
-}
-
-// zeroed returns the entry that makes a cluster read as zeroes, and whether the old host cluster is given up.
-func (im *Image) zeroed(e format.L2Entry, unmap bool) (format.L2Entry, bool) {
-	if im.lay.Version < format.Version3 {
-		return 0, true
-	}
-	switch im.lay.Kind(e) {
-	case format.KindNormal, format.KindZeroAlloc:
-		if unmap {
-			return format.L2Zero, true
-		}
-		return format.MakeL2ZeroAlloc(e.HostOffset(), e.Copied()), false
-	}
-	return format.L2Zero, true // nothing for an unallocated cluster to give up; a compressed one cannot stay
 }
 
 // Discard gives the space of whole clusters back; they read as zeroes afterwards, also where the backing file has data.
@@ -155,28 +159,67 @@ func (im *Image) Discard(ctx context.Context, off, n int64) error {
 	if im.lay.Version < format.Version3 && im.backing != nil {
 		return nil
 	}
-	_, body, _ := im.splitClusters(off, n)
-	return im.eachMapped(ctx, body, func(_ format.L2Entry, kind format.L2Kind, off int64) bool {
-		return !im.zeroRead(kind, off) || kind == format.KindZeroAlloc
-	}, func(e format.L2Entry) (format.L2Entry, bool) {
-		return im.zeroed(e, true)
-	})
+	_, body, _ := im.splitUnits(off, n)
+	return im.zeroMapping(ctx, zeroing{im, body, true})
 }
 
-// wanted tells whether the entry of the guest cluster at off is to change; for a run of entries that are alike it gives one
-// answer from the first that it says no to.
-type wanted func(e format.L2Entry, kind format.L2Kind, off int64) bool
+// zeroing makes whole units of body read as zeroes by their mapping.
+type zeroing struct {
+	im    *Image
+	body  span
+	unmap bool // give host clusters up
+}
 
-// changed returns what an entry becomes, and whether its host clusters are given up.
-type changed func(e format.L2Entry) (entry format.L2Entry, giveUp bool)
+// entry returns what the entry of the cluster at guest offset off becomes, and whether its host clusters are given up. For
+// a run of entries that are alike, one that stays as it is means that those behind it do too.
+func (z zeroing) entry(e meta.Entry, off int64) (entry meta.Entry, giveUp bool) {
+	im := z.im
+	if im.lay.ExtendedL2 {
+		return z.extendedEntry(e, off)
+	}
+	kind := im.lay.Kind(e.Word)
+	switch {
+	case im.zeroRead(kind, off) && !(z.unmap && kind == format.KindZeroAlloc):
+		return e, false
+	case im.lay.Version < format.Version3: // with unmap, and nothing below that would show through
+		return meta.Entry{}, true
+	case !z.unmap && (kind == format.KindNormal || kind == format.KindZeroAlloc):
+		return meta.Entry{Word: format.MakeL2ZeroAlloc(e.Word.HostOffset(), e.Word.Copied())}, false
+	}
+	return meta.Entry{Word: format.L2Zero}, true
+}
 
-// eachMapped changes the entries of the whole clusters of s for which want holds. It is many requests, not one: between
-// two of them a flush may run.
-func (im *Image) eachMapped(ctx context.Context, s span, want wanted, to changed) error {
-	end := meta.GuestCluster((s.end() + im.lay.ClusterSize() - 1) >> im.lay.ClusterBits)
-	for c := im.cluster(s.off); s.n > 0 && c < end; {
+// extendedEntry is entry for images with subclusters, of which body may cover a part.
+func (z zeroing) extendedEntry(e meta.Entry, off int64) (entry meta.Entry, giveUp bool) {
+	im := z.im
+	cs, unit := im.lay.ClusterSize(), im.lay.SubclusterSize()
+	from := int(max(z.body.off-off, 0) / unit)
+	to := int((min(z.body.end()-off, cs) + unit - 1) / unit)
+	if z.body.end() == im.size && z.body.end()-off <= cs {
+		to = im.lay.Subclusters() // nothing of the disk is behind
+	}
+	kind := im.lay.Kind(e.Word)
+	whole := from == 0 && to == im.lay.Subclusters()
+	switch {
+	case kind == format.KindCompressed && whole:
+		return meta.Entry{Bitmap: format.BitmapAllZero}, true
+	case kind == format.KindCompressed, kind == format.KindUnallocated && e.Bitmap == 0 && im.zeroRead(kind, off):
+		return e, false
+	}
+	e.Bitmap = e.Bitmap.SetZero(from, to)
+	if kind == format.KindNormal && z.unmap && e.Bitmap&format.BitmapAllAlloc == 0 {
+		e.Word, giveUp = 0, true
+	}
+	return e, giveUp
+}
+
+// zeroMapping changes the entries of the clusters that body touches. It is many requests, not one: between two of them a
+// flush may run.
+func (im *Image) zeroMapping(ctx context.Context, z zeroing) error {
+	end := meta.GuestCluster((z.body.end() + im.lay.ClusterSize() - 1) >> im.lay.ClusterBits)
+	for c := im.cluster(z.body.off); z.body.n > 0 && c < end; {
 		err := im.change(ctx, func() error {
-			n, err := im.changeSome(ctx, c, int64(end-c), want, to)
+			n, err := im.zeroSome(ctx, c, int64(end-c), z)
 			c += meta.GuestCluster(n)
 			return err
 		})
@@ -187,22 +230,23 @@ func (im *Image) eachMapped(ctx context.Context, s span, want wanted, to changed
 	return nil
 }
 
-// changeSome skips a run that is not wanted, or changes the entries of one slice. It returns how many clusters it went over.
-func (im *Image) changeSome(ctx context.Context, c meta.GuestCluster, n int64, want wanted, to changed) (int64, error) {
+// zeroSome skips a run that reads as zeroes already, or changes the entries of one slice. It returns how many clusters it
+// went over.
+func (im *Image) zeroSome(ctx context.Context, c meta.GuestCluster, n int64, z zeroing) (int64, error) {
 	off := int64(c) << im.lay.ClusterBits
 	run, err := im.meta.Map.Lookup(c, n, true)
 	if err != nil {
 		return 0, fmt.Errorf("looking up guest offset %#x: %w", off, err)
 	}
-	if !want(run.Entry, run.Kind, off) {
+	e := meta.Entry{Word: run.Entry, Bitmap: run.Bitmap}
+	if entry, _ := z.entry(e, off); entry == e {
 		return run.N, nil
 	}
-	return im.changeEntries(ctx, c, n, want, to)
+	return im.zeroEntries(ctx, c, min(n, im.meta.Map.SliceRest(c)), z)
 }
 
-// changeEntries is changeSome for the clusters of one slice, at most n from c on.
-func (im *Image) changeEntries(ctx context.Context, c meta.GuestCluster, n int64, want wanted, to changed) (int64, error) {
-	n = min(n, im.meta.Map.SliceRest(c))
+// zeroEntries changes the entries of n clusters of one slice.
+func (im *Image) zeroEntries(ctx context.Context, c meta.GuestCluster, n int64, z zeroing) (int64, error) {
 	held, err := im.meta.Ranges.Lock(ctx, uint64(c), uint64(c)+uint64(n)-1)
 	if err != nil {
 		return 0, err
@@ -214,19 +258,15 @@ func (im *Image) changeEntries(ctx context.Context, c meta.GuestCluster, n int64
 	}
 	defer edit.Done()
 	for k := range n {
-		if e := edit.Entry(k); im.lay.Kind(e) == format.KindInvalid {
-			return 0, &CorruptError{Reason: fmt.Sprintf("L2 entry %#x of guest cluster %d", uint64(e), c+meta.GuestCluster(k))}
+		if e := edit.Entry(k); im.lay.Kind(e.Word) == format.KindInvalid || im.lay.ExtendedL2 && !im.lay.ValidBitmap(e.Word, e.Bitmap) {
+			return 0, im.invalidEntry(e, c+meta.GuestCluster(k))
 		}
 	}
 	var old retireList
-	edit.Put(0, n, func(k int64, e format.L2Entry) format.L2Entry {
-		off := int64(c+meta.GuestCluster(k)) << im.lay.ClusterBits
-		if !want(e, im.lay.Kind(e), off) {
-			return e
-		}
-		entry, giveUp := to(e)
+	edit.Put(0, n, func(k int64, e meta.Entry) meta.Entry {
+		entry, giveUp := z.entry(e, int64(c+meta.GuestCluster(k))<<im.lay.ClusterBits)
 		if giveUp {
-			old.add(im.lay, e, true)
+			old.add(im.lay, e.Word, true)
 		}
 		return entry
 	})

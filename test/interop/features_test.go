@@ -166,11 +166,6 @@ func TestRefusesWhatItMustNotWrite(t *testing.T) {
 		setByte(t, image, incompatibleByte, unknownBit)
 		refusedUnchanged(t, image, "feature")
 	})
-	t.Run("extended L2", func(t *testing.T) {
-		image := create(t, "extended_l2=on")
-		refusedUnchanged(t, image, "extended")
-		readsLikeQEMU(t, image)
-	})
 	t.Run("data file", func(t *testing.T) {
 		elsewhere := t.TempDir()
 		image := create(t, "data_file="+filepath.Join(elsewhere, "data.raw"))

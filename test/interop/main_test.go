@@ -98,6 +98,11 @@ func grid() []layout {
 		all = append(all, layout{cluster, widths[next%len(widths)], "1.1", backings[next%len(backings)], ""})
 		next++
 	}
+	for i, cluster := range []int{16384, 65536, 2 << 20} {
+		for _, b := range []backing{noBacking, backings[1+i], backings[1+(i+2)%4]} {
+			all = append(all, layout{cluster, 16, "1.1", b, "extended_l2=on"})
+		}
+	}
 	return all
 }
 

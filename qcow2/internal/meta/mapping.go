@@ -477,28 +477,42 @@ func (m *Mapping) markL1(i int64, chunk *l1Chunk, lo, hi int64) {
 	chunk.dirtyLo, chunk.dirtyHi = min(chunk.dirtyLo, lo), max(chunk.dirtyHi, hi)
 }
 
+// Entry is an L2 entry: one word, and with extended L2 entries the bitmap of its subclusters.
+type Entry struct {
+	Word   format.L2Entry
+	Bitmap format.L2Bitmap
+}
+
 // Entry returns the entry of the edit's i-th cluster. The Range that the caller holds keeps it from changing.
-func (e Edit) Entry(i int64) format.L2Entry {
-	return format.L2Entry(e.s.words[(e.first+i)*e.m.stride].Load())
+func (e Edit) Entry(i int64) Entry {
+	at := (e.first + i) * e.m.stride
+	entry := Entry{Word: format.L2Entry(e.s.words[at].Load())}
+	if e.m.stride == 2 {
+		entry.Bitmap = format.L2Bitmap(e.s.words[at+1].Load())
+	}
+	return entry
 }
 
 // Put replaces the entries of clusters [i, i+n) by what f returns for each. Data that new entries point to has been
 // written (not necessarily synced) and its clusters are counted. It cannot fail.
-func (e Edit) Put(i, n int64, f func(k int64, old format.L2Entry) format.L2Entry) {
+func (e Edit) Put(i, n int64, f func(k int64, old Entry) Entry) {
 	s := e.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	changed := false
 	for k := range n {
-		w := &s.words[(e.first+i+k)*e.m.stride]
-		old := format.L2Entry(w.Load())
+		old := e.Entry(i + k)
 		entry := f(k, old)
 		if entry == old {
 			continue
 		}
-		w.Store(uint64(entry))
+		at := (e.first + i + k) * e.m.stride
+		s.words[at].Store(uint64(entry.Word))
+		if e.m.stride == 2 {
+			s.words[at+1].Store(uint64(entry.Bitmap))
+		}
 		changed = true
-		switch e.m.lay.Type(entry) {
+		switch e.m.lay.Type(entry.Word) {
 		case format.KindNormal, format.KindCompressed:
 			s.fresh = true
 		}

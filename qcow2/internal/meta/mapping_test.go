@@ -40,7 +40,7 @@ func mapOne(t *testing.T, s *Store, c GuestCluster) format.HostOff {
 		t.Fatal(err)
 	}
 	host := s.Layout.Offset(run.First)
-	e.Put(0, 1, func(int64, format.L2Entry) format.L2Entry { return format.MakeL2(host, true) })
+	e.Put(0, 1, func(int64, Entry) Entry { return Entry{Word: format.MakeL2(host, true)} })
 	return host
 }
 
