@@ -285,6 +285,38 @@ func (w *workload) runFull(budget int64) error {
 	return w.finish(im, mem, model)
 }
 
+// TestFailedFirstWrite fails the writes of one request to a disk's last sector, whatever it has prepared by then, and
+// closes: nothing half-made may be left, not even a table behind the end of the file.
+func TestFailedFirstWrite(t *testing.T) {
+	for _, start := range explore.Starts() {
+		t.Run(start.Name, func(t *testing.T) {
+			d := start.Make(t)
+			for at := range 4 {
+				total.Add(1)
+				mem := d.Image.Clone()
+				file := storage.NewFaultFile(explore.KeepOpen{File: mem})
+				im, err := d.Open(file, false)
+				if err != nil {
+					t.Fatal(err)
+				}
+				file.Inject(storage.Fault{Kind: storage.OpWrite, Skip: at, Times: -1})
+				op := explore.Op{Kind: explore.Write, First: d.Sectors - 1, N: 1, Version: 9}
+				if err := op.Run(im); err != nil && !isFault(err) {
+					t.Fatal(err)
+				}
+				file.Clear()
+				if err := im.Close(); err != nil {
+					t.Fatal(err)
+				}
+				report, err := qcow2.CheckFile(context.Background(), mem, qcow2.CheckOptions{})
+				if err != nil || !report.Clean() {
+					t.Fatalf("after %d writes: check: %+v (%v)", at, report, err)
+				}
+			}
+		})
+	}
+}
+
 // TestOpenFails fails every call of opening an image: the error says what was being read, and nothing is left open.
 func TestOpenFails(t *testing.T) {
 	for _, start := range explore.Starts() {

@@ -424,11 +424,14 @@ func (m *Mapping) ownTable(chunk *l1Chunk, l1 int64) (*table, error) {
 // fillTable gives a new table's cluster its content on the host: zeroes, or a copy of the shared table at from. A shared
 // table is never dirty: tables are changed only while they are not shared.
 func (m *Mapping) fillTable(t *table, from format.HostOff, virgin bool) error {
-	if from == 0 && virgin {
-		return nil
-	}
+	at := int64(t.host)
 	b := make([]byte, m.lay.ClusterSize())
-	if from != 0 {
+	switch {
+	case from == 0 && virgin:
+		// The host has the zeroes; but no L1 entry may point behind the end of the file, so its last sector is written.
+		at += int64(len(b)) - storage.SectorSize
+		b = b[:storage.SectorSize]
+	case from != 0:
 		if !m.lay.Aligned(from) {
 			return corrupt("L2 table at host offset %#x is not on a cluster boundary", from)
 		}
@@ -437,8 +440,8 @@ func (m *Mapping) fillTable(t *table, from format.HostOff, virgin bool) error {
 		}
 		clearCopied(b, m.lay)
 	}
-	err := storage.WriteFull(m.file, b, int64(t.host))
-	m.wrote(int64(t.host), int64(len(b)))
+	err := storage.WriteFull(m.file, b, at)
+	m.wrote(at, int64(len(b)))
 	if err != nil {
 		return fmt.Errorf("writing L2 table at host offset %#x: %w", t.host, err)
 	}
