@@ -10,14 +10,21 @@ export DROVER_BIN := $(CURDIR)/bin/drover
 FUZZ_TIME   ?= 5m
 KILL_ROUNDS ?= 50
 FIO_SECONDS ?= 300
+SOAK_TIME   ?= 10m
+RACE_TIME   ?= 30m
+CRASH_SEEDS ?= 200
+# Which defects `make mutation` tries: a regular expression of their names.
+MUTATION    ?= .
+# Those that make test tries: one of each way to lose data, each caught within seconds.
+MUTATION_CI = ^(skip-first-sync|skip-last-sync|all-slices-first|reuse-at-once|punch-after-free|forget-copied|no-copy-on-write|evict-dirty)$$
 
-# All packages but those that run other programs for long, which have rungs of their own.
-UNIT      = $$(go list ./... | grep -vE '/test/(interop|nbd|kill)$$')
+# All packages but those that have rungs of their own: they run long, or run other programs.
+UNIT      = $$(go list ./... | grep -vE '/test/(interop|nbd|kill|crash|fault|race|soak)$$')
 # The packages with model tests: those whose tests link rapid, which alone know its flags.
 MODELS    = $$(go list -test -f '{{.ImportPath}} {{join .Deps " "}}' ./... | sed -n 's|^\([^ ]*\)\.test .*pgregory.net/rapid.*|\1|p')
 
-.PHONY: help build test test-long demo bench fuzz-long peers format vet staticcheck cross unit race fuzz model \
-	interop fio kill clean
+.PHONY: help build test test-long demo bench fuzz-long peers format vet staticcheck cross unit race race-long fuzz model \
+	interop crash crash-long fault fio kill soak soak-short mutation mutation-ci clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -25,7 +32,16 @@ help: ## this list
 build: ## bin/drover, one static binary
 	CGO_ENABLED=0 go build -trimpath -o bin/drover ./cmd/drover
 
-test: peers format vet staticcheck unit race cross fuzz model interop kill fio ## everything that CI runs
+# Each rung says how long it took: CI is to stay below 25 minutes.
+RUNGS = peers format vet staticcheck unit race cross fuzz model interop crash fault kill fio soak-short mutation-ci
+
+test: ## everything that CI runs
+	@for rung in $(RUNGS); do \
+	  echo "=== $$rung"; began=$$SECONDS; \
+	  $(MAKE) --no-print-directory $$rung || { echo "FAILED: make $$rung"; exit 1; }; \
+	  echo "=== $$rung took $$((SECONDS - began)) s"; \
+	done; \
+	echo "=== all of: $(RUNGS): passed in $$SECONDS s"
 
 test-long: FUZZ_TIME := 1m
 test-long: peers build unit ## the slow rungs: kill 50 rounds, fio 5 minutes, a minute for each fuzz target
@@ -68,8 +84,12 @@ cross:
 unit: build
 	go test -count=1 -timeout 10m $(UNIT)
 
-race:
-	go test -count=1 -timeout 10m -race -short $(UNIT)
+race: ## the race detector: test/race on 1, 2 and 8 processors, and the shorter unit tests
+	go test -count=1 -timeout 10m -race -short $(UNIT) ./test/fault
+	go test -count=1 -timeout 10m -race -short -cpu 1,2,8 ./test/race
+
+race-long: ## test/race explores for RACE_TIME (30m) under the race detector
+	DROVER_LONG=$(RACE_TIME) go test -count=1 -timeout 0 -race -v -cpu 1,2,8 ./test/race
 
 fuzz:
 	test/fuzz.sh 5s
@@ -85,6 +105,28 @@ fio: build
 
 kill: build
 	go test -count=1 -timeout 10m ./test/kill
+
+crash: ## over 200,000 states that a power cut may leave
+	go test -count=1 -timeout 10m -v ./test/crash -seeds 10 -min-states 200000
+
+crash-long: ## millions of them, CRASH_SEEDS (200) workloads on each image
+	go test -count=1 -timeout 0 -v ./test/crash -seeds $(CRASH_SEEDS) -samples 48 -min-states 2000000
+
+fault: ## every storage call of the workloads fails once, in every way
+	go test -count=1 -timeout 10m -v ./test/fault
+
+soak: build ## server, clients and kills for SOAK_TIME (10m); SOAK_FLAGS='-seed N' repeats a run
+	go test -count=1 -timeout 0 -v ./test/soak -duration $(SOAK_TIME) $(SOAK_FLAGS)
+
+soak-short: build
+	go test -count=1 -timeout 10m -v ./test/soak -duration 15s
+
+mutation: ## break the engine in every known way and demand that a test notices; writes out/mutation.md
+	mkdir -p out
+	MUTATION_TABLE=$(CURDIR)/out/mutation.md go test -count=1 -tags mutation -timeout 90m -v ./test/mutation -only '$(MUTATION)'
+
+mutation-ci:
+	go test -count=1 -tags mutation -timeout 20m -v ./test/mutation -only '$(MUTATION_CI)'
 
 clean: ## remove what was built
 	rm -rf bin out

@@ -10,26 +10,27 @@ import (
 const maxNameLen = 4096
 
 // SplitProtocol cuts a name into what stands before its first colon, if that comes before any slash, and the rest.
-// "./a:b" and "/a:b" are plain names, "nbd:x" is not. "file:" is the protocol of plain names and is taken off.
-func SplitProtocol(name string) (protocol, rest string) {
+// "./a:b" and "/a:b" are plain names, "nbd:x" is not, nor is ":x", whose protocol has no name. "file:" is the protocol of
+// plain names and is taken off.
+func SplitProtocol(name string) (protocol, rest string, plain bool) {
 	if filepath.VolumeName(name) != "" { // a drive letter is not a protocol
-		return "", name
+		return "", name, true
 	}
 	i := strings.IndexAny(name, ":/")
 	if i < 0 || name[i] != ':' {
-		return "", name
+		return "", name, true
 	}
 	if name[:i] == "file" {
-		return "", name[i+1:]
+		return "", name[i+1:], true
 	}
-	return name[:i], name[i+1:]
+	return name[:i], name[i+1:], false
 }
 
 // PlainName returns the file that a name given by the user stands for. It refuses names of things that are not files.
 func PlainName(name string) (string, error) {
-	protocol, rest := SplitProtocol(name)
+	protocol, rest, plain := SplitProtocol(name)
 	switch {
-	case protocol != "":
+	case !plain:
 		return "", fmt.Errorf("%q: %w: %q (for a file of this name write %q)", name, ErrProtocol, protocol, "./"+name)
 	case rest == "":
 		return "", fmt.Errorf("%q is not a file name", name)

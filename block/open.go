@@ -319,9 +319,12 @@ func (l *layer) below(kind RefKind) *layer {
 func (l *layer) follow(ctx context.Context, from *layer, name, format string) error {
 	kind := l.kind
 	ref := Ref{Kind: kind, Name: name, Image: from.path, Top: l.top.path}
-	protocol, rest := SplitProtocol(name)
+	protocol, rest, plain := SplitProtocol(name)
+	if !plain && protocol == "" { // not a case for the policy, which takes such a name for a plain one
+		return fmt.Errorf("image %q names %s %q: %w: %q", from.path, kind, name, ErrProtocol, protocol)
+	}
 	ref.Protocol = protocol
-	if protocol == "" {
+	if plain {
 		if rest == "" || len(rest) > maxNameLen {
 			return fmt.Errorf("image %q: the name of its %s has %d bytes", from.path, kind, len(rest))
 		}
@@ -332,7 +335,7 @@ func (l *layer) follow(ctx context.Context, from *layer, name, format string) er
 		return err
 	}
 	l.path, l.grant, l.format = ref.Path, grant, format
-	if protocol == "" {
+	if plain {
 		return nil
 	}
 	if protocol != "json" {

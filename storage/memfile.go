@@ -389,10 +389,15 @@ func (f *MemFile) NextExtent(off int64) (end int64, data bool, err error) {
 		return 0, false, io.EOF
 	}
 	at, found := slices.BinarySearch(f.keys, off/memLeafSize)
-	if found {
-		data = f.leaves[f.keys[at]].has(off % memLeafSize / memChunkSize)
-	}
 	end = off
+	if found {
+		var slot int64
+		if data, slot = f.leaves[f.keys[at]].runFrom(off % memLeafSize / memChunkSize); slot < memLeafSlots {
+			return min(f.keys[at]*memLeafSize+slot*memChunkSize, size), data, nil
+		}
+		end = (f.keys[at] + 1) * memLeafSize
+		at++
+	}
 	for ; at < len(f.keys) && end < size; at++ {
 		base := f.keys[at] * memLeafSize
 		if base > end { // no leaf: a hole
@@ -413,10 +418,15 @@ func (f *MemFile) NextExtent(off int64) (end int64, data bool, err error) {
 	return min(end, size), data, nil
 }
 
-func (l *memLeaf) has(slot int64) bool {
+// runFrom reports whether a slot is present, and where the run of slots that are alike ends. One lock holds for both: a
+// concurrent write between two looks would make an empty run.
+func (l *memLeaf) runFrom(slot int64) (present bool, end int64) {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	return l.slots[slot] != nil
+	present = l.slots[slot] != nil
+	for end = slot; end < memLeafSlots && (l.slots[end] != nil) == present; end++ {
+	}
+	return present, end
 }
 
 // runEnd returns the first slot from start on that is not as present says.

@@ -207,7 +207,7 @@ func reason(name string, err error) string {
 	case errors.Is(err, storage.ErrFileType):
 		return fmt.Sprintf("'file' driver requires '%s' to be a regular file", name)
 	case errors.Is(err, block.ErrProtocol):
-		protocol, _ := block.SplitProtocol(name)
+		protocol, _, _ := block.SplitProtocol(name)
 		return fmt.Sprintf("Unknown protocol '%s'", protocol)
 	case errors.As(err, &errno):
 		return fmt.Sprintf("Could not open '%s': %s", name, capital(errno.Error()))

@@ -31,6 +31,7 @@ var (
 	seeds   = flag.Int("seeds", 3, "workloads of each kind")
 	samples = flag.Int("samples", 24, "states of each family at each point")
 	seed0   = flag.Uint64("seed", 0, "first seed")
+	minimum = flag.Int64("min-states", 0, "fail if fewer states than this were judged")
 )
 
 var total, judged atomic.Int64
@@ -39,6 +40,10 @@ func TestMain(m *testing.M) {
 	flag.Parse()
 	code := m.Run()
 	fmt.Printf("crash states: %d, of which stock qemu-img check judged %d\n", total.Load(), judged.Load())
+	if n := total.Load(); n < *minimum {
+		fmt.Printf("FAIL: %d crash states were wanted\n", *minimum)
+		code = 1
+	}
 	os.Exit(code)
 }
 

@@ -184,6 +184,18 @@ func (c *Client) Close() error {
 	return c.conn.Close()
 }
 
+// Drop closes the connection without a word. Requests in flight end with an error, and may or may not be done.
+func (c *Client) Drop() { c.conn.Close() }
+
+// Break begins to write p at off, sends as many bytes of that request as sent says, and closes the connection.
+func (c *Client) Break(p []byte, off int64, sent int) {
+	msg := append(request(nbdWrite, 0, 0, off, len(p)), p...)
+	c.sending.Lock()
+	_, _ = c.conn.Write(msg[:sent]) // whether the server is still there is all the same
+	c.sending.Unlock()
+	c.conn.Close()
+}
+
 func request(kind, flags uint16, cookie uint64, off int64, n int) []byte {
 	msg := binary.BigEndian.AppendUint32(make([]byte, 0, 28), magicReq)
 	msg = binary.BigEndian.AppendUint16(msg, flags)

@@ -167,6 +167,22 @@ func (s *Server) Kill() {
 	<-s.ended
 }
 
+// Abort ends the server with SIGQUIT, upon which the Go runtime says what every goroutine is doing and ends the process as
+// a crash does. It returns what the server has said.
+func (s *Server) Abort() string {
+	s.t.Helper()
+	if err := s.cmd.Process.Signal(syscall.SIGQUIT); err != nil {
+		s.t.Fatalf("SIGQUIT to the server: %v\n%s", err, s.Output())
+	}
+	select {
+	case <-s.ended:
+	case <-time.After(stopLimit):
+		s.Kill()
+		s.t.Fatalf("the server did not end within %v of SIGQUIT\n$ %s\n%s", stopLimit, s.line, s.Output())
+	}
+	return s.Output()
+}
+
 // lockedBuffer is a bytes.Buffer that a process writes while a test reads.
 type lockedBuffer struct {
 	mu  sync.Mutex

@@ -34,7 +34,7 @@ const (
 var Defects = []Defect{
 	// The flush pipeline.
 	{"skip-first-sync", "pointers are written before what they point to is durable", store,
-		"if pointers && g.ordered {", "if pointers && g.ordered && s == nil {"},
+		"	if pointers && g.ordered {\n		if err := s.sync(); err != nil {\n			return err\n		}\n", "	if pointers && g.ordered {\n"},
 	{"skip-last-sync", "a flush is acknowledged before its pointers are durable", store,
 		"			return err\n		}\n	}\n	return s.sync()\n}", "			return err\n		}\n	}\n	return nil\n}"},
 	{"skip-middle-sync", "pointers are written before the refcount blocks that count their clusters are valid", store,
