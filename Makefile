@@ -92,7 +92,7 @@ race-long: ## test/race explores for RACE_TIME (30m) under the race detector
 	DROVER_LONG=$(RACE_TIME) go test -count=1 -timeout 0 -race -v -cpu 1,2,8 ./test/race
 
 fuzz:
-	test/fuzz.sh 5s
+	test/fuzz.sh 20000x
 
 model:
 	go test -count=1 -timeout 10m $(MODELS) -rapid.checks=300
