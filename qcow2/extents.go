@@ -40,7 +40,7 @@ func (im *Image) Extents(ctx context.Context, off, n int64, fn func(block.Extent
 // runExtents reports one run, in bytes into its first cluster.
 func (im *Image) runExtents(ctx context.Context, off, n, in int64, run meta.Run, fn func(block.Extent) bool) (bool, error) {
 	if !im.lay.ExtendedL2 || run.Kind == format.KindCompressed || run.N > 1 {
-		return im.kindExtents(ctx, off, n, in, run.Entry, wholeKind(run.Kind), fn)
+		return im.kindExtents(ctx, off, n, in, run.Entry, im.lay.SubKind(run.Entry, run.Bitmap, 0), fn)
 	}
 	size := im.lay.SubclusterSize()
 	for n > 0 {
@@ -54,20 +54,6 @@ func (im *Image) runExtents(ctx context.Context, off, n, in int64, run meta.Run,
 		off, n, in = off+part, n-part, in+part
 	}
 	return true, nil
-}
-
-func wholeKind(k format.L2Kind) format.SubclusterKind {
-	switch k {
-	case format.KindNormal:
-		return format.SubNormal
-	case format.KindZeroPlain:
-		return format.SubZeroPlain
-	case format.KindZeroAlloc:
-		return format.SubZeroAlloc
-	case format.KindCompressed:
-		return format.SubCompressed
-	}
-	return format.SubUnallocated
 }
 
 func (im *Image) kindExtents(ctx context.Context, off, n, in int64, e format.L2Entry, kind format.SubclusterKind,

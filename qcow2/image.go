@@ -236,7 +236,7 @@ func (im *Image) refuse(o Options) error {
 		yes bool
 		why string
 	}{
-		{file(im).ReadOnly, "the file is read-only"},
+		{im.file.Stat().ReadOnly, "the file is read-only"},
 		{h.Incompat&format.IncompatDirty != 0, "it was not closed cleanly and its refcounts must be repaired first (qemu-img check -r all)"},
 		{h.Incompat&format.IncompatCorrupt != 0, "it is marked corrupt"},
 		{h.Incompat&format.IncompatDataFile != 0, "writing an external data file is not available in this version"},
@@ -251,8 +251,6 @@ func (im *Image) refuse(o Options) error {
 	}
 	return nil
 }
-
-func file(im *Image) storage.Info { return im.file.Stat() }
 
 func (im *Image) openMeta(o Options) error {
 	h := im.hdr
