@@ -138,16 +138,6 @@ func (im *Image) readSubclusters(ctx context.Context, p []byte, off, in int64, r
 	return nil
 }
 
-func (im *Image) readHost(p []byte, off, host int64) error {
-	if im.lay.DataFile && host != off {
-		return &CorruptError{Reason: fmt.Sprintf("guest offset %#x is mapped to offset %#x of the data file, not to the same", off, host)}
-	}
-	if err := storage.ReadFull(im.data, p, host); err != nil {
-		return fmt.Errorf("reading guest offset %#x at host offset %#x: %w", off, host, err)
-	}
-	return nil
-}
-
 // readBacking reads what no cluster of this image decides: the backing device, zeroes behind its end.
 func (im *Image) readBacking(ctx context.Context, p []byte, off int64) error {
 	if im.backing != nil && off < im.backing.Size() {
@@ -174,26 +164,12 @@ func (im *Image) tryReadRun(p []byte, off, in int64, run meta.Run) error {
 	case im.lay.ExtendedL2 && run.N == 1:
 		return block.ErrWouldBlock
 	case run.Kind == format.KindNormal:
-		return im.tryReadHost(p, int64(run.Entry.HostOffset())+in)
+		return im.tryReadHost(p, off, int64(run.Entry.HostOffset())+in)
 	case run.Kind == format.KindUnallocated && im.backing != nil && off < im.backing.Size():
 		return im.tryReadBacking(p, off)
 	}
 	clear(p)
 	return nil
-}
-
-func (im *Image) tryReadHost(p []byte, host int64) error {
-	if im.nowait == nil || im.lay.DataFile {
-		return block.ErrWouldBlock
-	}
-	n, err := im.nowait.ReadAtNowait(p, host)
-	if n == len(p) {
-		return nil
-	}
-	if err == nil {
-		err = storage.ErrWouldBlock
-	}
-	return err
 }
 
 func (im *Image) tryReadBacking(p []byte, off int64) error {

@@ -7,7 +7,6 @@ import (
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/qcow2/internal/meta"
-	"github.com/droverproject/drover/storage"
 )
 
 // maxAllocation bounds how many guest bytes one step of an allocating write covers, and with it how much of the disk one
@@ -94,18 +93,6 @@ func (im *Image) write(ctx context.Context, p []byte, off int64) error {
 			return err
 		}
 		p, off = p[n:], off+int64(n)
-	}
-	return nil
-}
-
-func (im *Image) overwrite(p []byte, off, host int64) error {
-	if err := im.meta.Guard(format.HostOff(host), int64(len(p))); err != nil {
-		return fmt.Errorf("writing guest offset %#x: %w", off, err)
-	}
-	err := storage.WriteFull(im.data, p, host)
-	im.meta.Wrote(host, int64(len(p))) // also after a failure, which may have written a part
-	if err != nil {
-		return fmt.Errorf("writing guest offset %#x at host offset %#x: %w", off, host, err)
 	}
 	return nil
 }
@@ -259,7 +246,7 @@ func (a *allocation) store(ctx context.Context, p []byte, off, in int64) error {
 	im := a.im
 	end := in + int64(len(p))
 	if a.from == in && a.to == end {
-		return a.writeHost([][]byte{p}, in, off)
+		return im.writeHost(p, off, int64(a.host)+in)
 	}
 	buf := im.cow.Get().(*[]byte)
 	defer im.cow.Put(buf)
@@ -281,7 +268,7 @@ func (a *allocation) store(ctx context.Context, p []byte, off, in int64) error {
 	if needTail {
 		vec = append(vec, tail)
 	}
-	return a.writeHost(vec, at, off)
+	return im.writeHostV(vec, off-in+at, int64(a.host)+at)
 }
 
 // copyOld fills b with what the guest reads at off now. It reports false when that need not be written: b is empty, or
@@ -298,17 +285,6 @@ func (a *allocation) copyOld(ctx context.Context, b []byte, off int64) (bool, er
 		return false, fmt.Errorf("copying on write: %w", err)
 	}
 	return true, nil
-}
-
-// writeHost writes at bytes from the start of the first cluster.
-func (a *allocation) writeHost(vec [][]byte, at, off int64) error {
-	host := int64(a.host) + at
-	err := storage.WriteVFull(a.im.data, vec, host)
-	a.im.meta.Wrote(int64(a.host), a.n<<a.im.lay.ClusterBits)
-	if err != nil {
-		return fmt.Errorf("writing guest offset %#x at host offset %#x: %w", off, host, err)
-	}
-	return nil
 }
 
 // undo gives newly allocated clusters back after err.

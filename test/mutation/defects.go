@@ -24,6 +24,7 @@ const (
 	ranges   = "qcow2/internal/meta/ranges.go"
 	writelog = "qcow2/internal/meta/writelog.go"
 	writer   = "qcow2/write.go"
+	hostio   = "qcow2/hostio.go"
 	reader   = "qcow2/read.go"
 	zero     = "qcow2/zero.go"
 	layout   = "qcow2/internal/format/layout.go"
@@ -67,8 +68,8 @@ var Defects = []Defect{
 		"	case <-b.done:\n		return b.err\n", "	default:\n		return nil\n"},
 	{"close-flushes-once", "the counts of clusters freed last are lost at close", store,
 		"	for range 2 {\n", "	for range 1 {\n"},
-	{"overwrite-not-noted", "an overwrite orders no sync", writer,
-		"	im.meta.Wrote(host, int64(len(p))) // also", "	// also"},
+	{"overwrite-not-noted", "an overwrite orders no sync", hostio,
+		"	im.wroteHost(host, int64(len(p))) // also", "	// also"},
 	{"marks-outlive-the-cut", "a write after a flush is taken for one that the flush covered", writelog,
 		"			l.seen[i].Store(0)\n", "			_ = i\n"},
 

@@ -1,0 +1,90 @@
+package qcow2
+
+import (
+	"fmt"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/storage"
+)
+
+// The functions below are the only ways of guest data from and to the host. Whatever is to happen to every byte of it
+// happens here. Compressed clusters have their own, decompress.
+
+// readHost fills p, which lies at guest offset off, from the host.
+func (im *Image) readHost(p []byte, off, host int64) error {
+	if err := im.checkPlace(off, host); err != nil {
+		return err
+	}
+	if err := storage.ReadFull(im.data, p, host); err != nil {
+		return fmt.Errorf("reading guest offset %#x at host offset %#x: %w", off, host, err)
+	}
+	return nil
+}
+
+// tryReadHost is readHost if it can be done without waiting for the disk.
+func (im *Image) tryReadHost(p []byte, off, host int64) error {
+	if im.nowait == nil || im.checkPlace(off, host) != nil {
+		return block.ErrWouldBlock
+	}
+	n, err := im.nowait.ReadAtNowait(p, host)
+	if n == len(p) {
+		return nil
+	}
+	if err == nil {
+		err = storage.ErrWouldBlock
+	}
+	return err
+}
+
+// writeHost writes p, which lies at guest offset off, to the host, and notes that a flush must make it durable.
+func (im *Image) writeHost(p []byte, off, host int64) error {
+	if err := im.checkPlace(off, host); err != nil {
+		return err
+	}
+	err := storage.WriteFull(im.data, p, host)
+	im.wroteHost(host, int64(len(p))) // also after a failure, which may have written a part
+	if err != nil {
+		return fmt.Errorf("writing guest offset %#x at host offset %#x: %w", off, host, err)
+	}
+	return nil
+}
+
+// writeHostV is writeHost for bytes in several pieces, the first of which lies at guest offset off.
+func (im *Image) writeHostV(vec [][]byte, off, host int64) error {
+	if len(vec) == 1 {
+		return im.writeHost(vec[0], off, host)
+	}
+	if err := im.checkPlace(off, host); err != nil {
+		return err
+	}
+	var n int64
+	for _, p := range vec {
+		n += int64(len(p))
+	}
+	err := storage.WriteVFull(im.data, vec, host)
+	im.wroteHost(host, n)
+	if err != nil {
+		return fmt.Errorf("writing guest offset %#x at host offset %#x: %w", off, host, err)
+	}
+	return nil
+}
+
+// wroteHost notes a write of guest data, complete or not.
+func (im *Image) wroteHost(host, n int64) { im.meta.Wrote(host, n) }
+
+// checkPlace refuses a mapping into the external data file that does not lead to the same offset.
+func (im *Image) checkPlace(off, host int64) error {
+	if im.lay.DataFile && host != off {
+		return &CorruptError{Reason: fmt.Sprintf("guest offset %#x is mapped to offset %#x of the data file, not to the same", off, host)}
+	}
+	return nil
+}
+
+// overwrite writes to a cluster that is this image's alone, in place.
+func (im *Image) overwrite(p []byte, off, host int64) error {
+	if err := im.meta.Guard(format.HostOff(host), int64(len(p))); err != nil {
+		return fmt.Errorf("writing guest offset %#x: %w", off, err)
+	}
+	return im.writeHost(p, off, host)
+}
