@@ -114,3 +114,12 @@ func (c *clusterCache) drop(lay format.Layout, r meta.ClusterRun) {
 		}
 	}
 }
+
+// clear forgets everything.
+func (c *clusterCache) clear() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	clear(c.byKey)
+	clear(c.clock)
+	c.clock, c.hand = c.clock[:0], 0
+}

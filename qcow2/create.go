@@ -249,7 +249,7 @@ func preallocate(ctx context.Context, file storage.File, o CreateOptions) error 
 
 // mapAll gives every guest cluster a host cluster that reads as zeroes.
 func (im *Image) mapAll(ctx context.Context, mode Preallocation) error {
-	end := meta.GuestCluster((im.size + im.lay.ClusterSize() - 1) >> im.lay.ClusterBits)
+	end := meta.GuestCluster((im.Size() + im.lay.ClusterSize() - 1) >> im.lay.ClusterBits)
 	for c := meta.GuestCluster(0); c < end; {
 		if err := im.meta.Pressure(ctx); err != nil {
 			return err

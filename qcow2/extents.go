@@ -11,14 +11,14 @@ import (
 
 // Extents tells where the bytes of [off, off+n) come from, see block.Device.
 func (im *Image) Extents(ctx context.Context, off, n int64, fn func(block.Extent) bool) error {
-	if err := block.CheckRange(off, n, im.size); err != nil {
-		return err
-	}
 	t, err := im.enter()
 	if err != nil {
 		return err
 	}
 	defer im.meta.Epochs.Exit(t)
+	if err := block.CheckRange(off, n, im.Size()); err != nil {
+		return err
+	}
 	for n > 0 {
 		if err := ctx.Err(); err != nil {
 			return err

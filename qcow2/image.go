@@ -49,9 +49,12 @@ type Image struct {
 	backing block.Device
 	hdr     *format.Header
 	lay     format.Layout
-	size    int64
+	size    atomic.Int64 // bytes of the disk; changed only by exclusive
 
+	info     atomic.Pointer[block.Info]
 	readOnly bool
+	opts     Options // as given to Open
+	broken   error   // set by exclusive when the metadata could not be read again: no request is served any more
 	meta     *meta.Store
 	clusters *clusterCache
 	cow      sync.Pool     // *[]byte, two clusters long
@@ -145,8 +148,9 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	im := &Image{name: o.Name, file: file, data: file, backing: o.Backing, hdr: hdr, lay: hdr.Layout(), size: hdr.DiskSize(),
-		readOnly: o.ReadOnly}
+	im := &Image{name: o.Name, file: file, data: file, backing: o.Backing, hdr: hdr, lay: hdr.Layout(),
+		readOnly: o.ReadOnly, opts: o}
+	im.size.Store(hdr.DiskSize())
 	if im.name == "" {
 		im.name = file.Stat().Name
 	}
@@ -168,6 +172,7 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 			return nil, err
 		}
 	}
+	im.noteInfo()
 	im.startSweeps(o.CacheCleanInterval)
 	return im, nil
 }
@@ -253,6 +258,16 @@ func (im *Image) refuse(o Options) error {
 }
 
 func (im *Image) openMeta(o Options) error {
+	c, err := im.metaConfig(o)
+	if err != nil {
+		return err
+	}
+	im.meta, err = meta.Open(c)
+	return err
+}
+
+// metaConfig describes the metadata that the header names.
+func (im *Image) metaConfig(o Options) (meta.Config, error) {
 	h := im.hdr
 	c := meta.Config{
 		File: im.file, Layout: im.lay, Writable: !im.readOnly,
@@ -265,13 +280,11 @@ func (im *Image) openMeta(o Options) error {
 	if !im.readOnly && h.SnapshotCount > 0 {
 		_, n, err := readSnapshots(im.file, h)
 		if err != nil {
-			return err
+			return c, err
 		}
 		c.SnapshotsSize = n
 	}
-	var err error
-	im.meta, err = meta.Open(c)
-	return err
+	return c, nil
 }
 
 // readSnapshots reads the snapshot table and returns its entries and its length in bytes.
@@ -321,16 +334,18 @@ func (im *Image) clearUnknownAutoclear() error {
 }
 
 // Size returns the length of the disk in bytes.
-func (im *Image) Size() int64 { return im.size }
+func (im *Image) Size() int64 { return im.size.Load() }
 
 // Info tells what the device can do.
-func (im *Image) Info() block.Info {
+func (im *Image) Info() block.Info { return *im.info.Load() }
+
+func (im *Image) noteInfo() {
 	cs := int(im.lay.ClusterSize())
-	return block.Info{
+	im.info.Store(&block.Info{
 		Format: "qcow2", Name: im.name, ReadOnly: im.readOnly,
 		MinAlign: 1, PreferAlign: max(4096, min(cs, 64<<10)), DiscardAlign: int(im.lay.SubclusterSize()),
 		FastZero: im.lay.Version >= format.Version3, Volatile: true,
-	}
+	})
 }
 
 // Flush makes every change that had returned before the call durable, data and metadata.
@@ -353,7 +368,21 @@ func (im *Image) enter() (meta.Ticket, error) {
 	if err != nil {
 		return t, block.ErrClosed
 	}
+	if im.broken != nil {
+		im.meta.Epochs.Exit(t)
+		return t, im.broken
+	}
 	return t, nil
+}
+
+// tryEnter is enter without waiting.
+func (im *Image) tryEnter() (meta.Ticket, bool) {
+	t, ok := im.meta.Epochs.TryEnter()
+	if ok && im.broken != nil {
+		im.meta.Epochs.Exit(t)
+		return t, false
+	}
+	return t, ok
 }
 
 // Close waits for the requests running, makes everything durable and closes the files below, whatever fails. The error

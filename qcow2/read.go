@@ -13,27 +13,27 @@ import (
 
 // ReadAt fills p from the disk at off.
 func (im *Image) ReadAt(ctx context.Context, p []byte, off int64) error {
-	if err := block.CheckRange(off, int64(len(p)), im.size); err != nil {
-		return err
-	}
 	t, err := im.enter()
 	if err != nil {
 		return err
 	}
 	defer im.meta.Epochs.Exit(t)
+	if err := block.CheckRange(off, int64(len(p)), im.Size()); err != nil {
+		return err
+	}
 	return im.read(ctx, p, off)
 }
 
 // TryReadAt is ReadAt if mapping and data are in memory; otherwise block.ErrWouldBlock.
 func (im *Image) TryReadAt(p []byte, off int64) error {
-	if err := block.CheckRange(off, int64(len(p)), im.size); err != nil {
-		return err
-	}
-	t, ok := im.meta.Epochs.TryEnter()
+	t, ok := im.tryEnter()
 	if !ok {
 		return block.ErrWouldBlock
 	}
 	defer im.meta.Epochs.Exit(t)
+	if err := block.CheckRange(off, int64(len(p)), im.Size()); err != nil {
+		return err
+	}
 	for len(p) > 0 {
 		run, in, err := im.lookup(off, int64(len(p)), false)
 		if err != nil {

@@ -18,7 +18,7 @@ func (im *Image) WriteAt(ctx context.Context, p []byte, off int64, flags block.W
 	if err := im.checkWrite(off, int64(len(p))); err != nil {
 		return err
 	}
-	if err := im.change(ctx, func() error { return im.write(ctx, p, off) }); err != nil {
+	if err := im.change(ctx, span{off, int64(len(p))}, func() error { return im.write(ctx, p, off) }); err != nil {
 		return err
 	}
 	if flags&block.WriteFUA != 0 {
@@ -34,11 +34,12 @@ func (im *Image) checkWrite(off, n int64) error {
 	if im.readOnly {
 		return block.ErrReadOnly
 	}
-	return block.CheckRange(off, n, im.size)
+	return block.CheckRange(off, n, im.Size())
 }
 
-// change runs fn as a request that may change the mapping.
-func (im *Image) change(ctx context.Context, fn func() error) error {
+// change runs fn as a request that may change the mapping of a range. A request of several steps enters once for each, and
+// between two of them the disk may have become smaller or the image read-only.
+func (im *Image) change(ctx context.Context, s span, fn func() error) error {
 	if err := im.meta.Pressure(ctx); err != nil {
 		return fmt.Errorf("making room in the metadata cache: %w", err)
 	}
@@ -49,6 +50,9 @@ func (im *Image) change(ctx context.Context, fn func() error) error {
 		return err
 	}
 	defer im.meta.Epochs.Exit(t)
+	if err := im.checkWrite(s.off, s.n); err != nil {
+		return err
+	}
 	return fn()
 }
 
@@ -57,11 +61,14 @@ func (im *Image) TryWriteAt(p []byte, off int64) error {
 	if err := im.checkWrite(off, int64(len(p))); err != nil {
 		return err
 	}
-	t, ok := im.meta.Epochs.TryEnter()
+	t, ok := im.tryEnter()
 	if !ok {
 		return block.ErrWouldBlock
 	}
 	defer im.meta.Epochs.Exit(t)
+	if err := im.checkWrite(off, int64(len(p))); err != nil {
+		return err
+	}
 	run, in, err := im.lookup(off, int64(len(p)), false)
 	if err != nil {
 		return wouldBlock(err)
@@ -275,7 +282,7 @@ func (a *allocation) store(ctx context.Context, p []byte, off, in int64) error {
 // zeroes where the host has zeroes already. The disk may end within b; zeroes follow.
 func (a *allocation) copyOld(ctx context.Context, b []byte, off int64) (bool, error) {
 	im := a.im
-	inside := max(min(int64(len(b)), im.size-off), 0)
+	inside := max(min(int64(len(b)), im.Size()-off), 0)
 	if zero, err := im.partIsZero(span{off, inside}); err != nil || zero {
 		clear(b)
 		return len(b) > 0 && !a.virgin, err

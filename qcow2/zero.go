@@ -28,10 +28,13 @@ func (im *Image) WriteZeroes(ctx context.Context, off, n int64, flags block.Zero
 }
 
 func (im *Image) writeZeroes(ctx context.Context, off, n int64, flags block.ZeroFlags) error {
-	head, body, tail := im.splitUnits(off, n)
+	var body span
+	var plain bool // no mapping stands for these zeroes
 	unmap := flags&block.ZeroUnmap != 0
-	plain := im.lay.Version < format.Version3 && (!unmap || im.backing != nil) // no mapping stands for these zeroes
-	err := im.change(ctx, func() error {
+	err := im.change(ctx, span{off, n}, func() error {
+		var head, tail span
+		head, body, tail = im.splitUnits(off, n)
+		plain = im.lay.Version < format.Version3 && (!unmap || im.backing != nil)
 		if flags&block.ZeroFast != 0 {
 			if err := im.fastZero(head, body, tail); err != nil {
 				return err
@@ -48,7 +51,7 @@ func (im *Image) writeZeroes(ctx context.Context, off, n int64, flags block.Zero
 		return err
 	}
 	if plain {
-		return im.change(ctx, func() error { return im.zeroByWriting(ctx, body) })
+		return im.change(ctx, body, func() error { return im.zeroByWriting(ctx, body) })
 	}
 	return im.zeroMapping(ctx, zeroing{im, body, unmap})
 }
@@ -65,7 +68,7 @@ func (im *Image) splitUnits(off, n int64) (head, body, tail span) {
 	unit := im.lay.SubclusterSize()
 	start := (off + unit - 1) &^ (unit - 1)
 	end := (off + n) &^ (unit - 1)
-	if off+n == im.size {
+	if off+n == im.Size() {
 		end = off + n
 	}
 	if start >= end {
@@ -84,7 +87,7 @@ func (im *Image) compressedEdges(s span) []span {
 	var edges []span
 	for _, at := range []int64{s.off &^ (cs - 1), (s.end() - 1) &^ (cs - 1)} {
 		part := span{max(at, s.off), min(at+cs, s.end()) - max(at, s.off)}
-		whole := part.off == at && (part.n == cs || part.end() == im.size)
+		whole := part.off == at && (part.n == cs || part.end() == im.Size())
 		run, _, err := im.lookup(at, 1, true)
 		if err == nil && run.Kind == format.KindCompressed && !whole {
 			edges = append(edges, part)
@@ -156,10 +159,16 @@ func (im *Image) Discard(ctx context.Context, off, n int64) error {
 	if err := im.checkWrite(off, n); err != nil {
 		return err
 	}
-	if im.lay.Version < format.Version3 && im.backing != nil {
+	var body span
+	err := im.change(ctx, span{off, n}, func() error {
+		if im.lay.Version >= format.Version3 || im.backing == nil {
+			_, body, _ = im.splitUnits(off, n)
+		}
 		return nil
+	})
+	if err != nil {
+		return err
 	}
-	_, body, _ := im.splitUnits(off, n)
 	return im.zeroMapping(ctx, zeroing{im, body, true})
 }
 
@@ -195,7 +204,7 @@ func (z zeroing) extendedEntry(e meta.Entry, off int64) (entry meta.Entry, giveU
 	cs, unit := im.lay.ClusterSize(), im.lay.SubclusterSize()
 	from := int(max(z.body.off-off, 0) / unit)
 	to := int((min(z.body.end()-off, cs) + unit - 1) / unit)
-	if z.body.end() == im.size && z.body.end()-off <= cs {
+	if z.body.end() == im.Size() && z.body.end()-off <= cs {
 		to = im.lay.Subclusters() // nothing of the disk is behind
 	}
 	kind := im.lay.Kind(e.Word)
@@ -216,11 +225,16 @@ func (z zeroing) extendedEntry(e meta.Entry, off int64) (entry meta.Entry, giveU
 // zeroMapping changes the entries of the clusters that body touches. It is many requests, not one: between two of them a
 // flush may run.
 func (im *Image) zeroMapping(ctx context.Context, z zeroing) error {
-	end := meta.GuestCluster((z.body.end() + im.lay.ClusterSize() - 1) >> im.lay.ClusterBits)
-	for c := im.cluster(z.body.off); z.body.n > 0 && c < end; {
-		err := im.change(ctx, func() error {
-			n, err := im.zeroSome(ctx, c, int64(end-c), z)
-			c += meta.GuestCluster(n)
+	for off := z.body.off; off < z.body.end(); {
+		err := im.change(ctx, span{off, z.body.end() - off}, func() error {
+			if cut := z.body.end() % im.lay.SubclusterSize(); cut != 0 && z.body.end() != im.Size() {
+				// The disk has grown: what was its end lies within a unit now.
+				z.body.n -= cut
+				return im.zeroByWriting(ctx, span{z.body.end(), cut})
+			}
+			c, last := im.cluster(off), im.cluster(z.body.end()-1)
+			n, err := im.zeroSome(ctx, c, int64(last-c)+1, z)
+			off = int64(c+meta.GuestCluster(n)) << im.lay.ClusterBits
 			return err
 		})
 		if err != nil {

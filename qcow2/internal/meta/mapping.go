@@ -104,7 +104,18 @@ type Run struct {
 }
 
 func newMapping(file storage.File, lay format.Layout, l1Off format.HostOff, l1Len int64, cacheBytes int64) *Mapping {
-	m := &Mapping{file: file, lay: lay, l1Off: l1Off, l1Len: l1Len}
+	m := &Mapping{file: file}
+	m.reset(lay, l1Off, l1Len, cacheBytes)
+	return m
+}
+
+// reset makes the mapping an empty cache of the L1 table at l1Off. No request and no flush runs; a sweep may.
+func (m *Mapping) reset(lay format.Layout, l1Off format.HostOff, l1Len, cacheBytes int64) {
+	m.ringMu.Lock()
+	defer m.ringMu.Unlock()
+	m.ring, m.hand = nil, 0
+	m.lay, m.l1Off, m.l1Len, m.l2Bits = lay, l1Off, l1Len, 0
+	m.dirtyL1, m.newTables, m.dirty = nil, nil, nil
 	for lay.L2Entries()>>m.l2Bits > 1 {
 		m.l2Bits++
 	}
@@ -113,7 +124,6 @@ func newMapping(file storage.File, lay format.Layout, l1Off format.HostOff, l1Le
 	m.stride = lay.L2EntrySize() / 8
 	m.chunks = make([]atomic.Pointer[l1Chunk], (l1Len+l1ChunkEntries-1)/l1ChunkEntries)
 	m.maxSlices = int(max(cacheBytes/m.sliceSize, minSlices))
-	return m
 }
 
 // Lookup returns the run that begins at guest cluster c, at most limit clusters long. With wait unset it returns

@@ -56,6 +56,7 @@ type Store struct {
 
 	log writeLog
 
+	gate    sync.Mutex // held by the flush that runs, and by whoever has the metadata to itself
 	flushMu sync.Mutex
 	running bool
 	next    *flushBatch
@@ -93,9 +94,16 @@ func Open(c Config) (*Store, error) {
 	if !c.Writable {
 		return s, nil
 	}
+	if err := s.openRefcounts(c); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *Store) openRefcounts(c Config) error {
 	refs, err := newRefcounts(c.File, c.Layout, c.RefTableOff, c.RefTableLen)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	s.Refs, s.Map.rc, s.Map.wrote = refs, refs, s.Wrote
 	s.fixed = []fixedRun{
@@ -104,7 +112,7 @@ func Open(c Config) (*Store, error) {
 		{clustersOf(c.Layout, c.SnapshotsOff, c.SnapshotsSize), "snapshot table"},
 	}
 	refs.guard = s.guardClusters
-	return s, nil
+	return nil
 }
 
 // fixedRun is a place that guest data must never be written to.
@@ -197,6 +205,12 @@ func (s *Store) runBatch(b *flushBatch) {
 
 // flushOnce runs the pipeline. Only one runs at a time.
 func (s *Store) flushOnce() error {
+	s.gate.Lock()
+	defer s.gate.Unlock()
+	return s.flushGated()
+}
+
+func (s *Store) flushGated() error {
 	if s.Refs == nil {
 		return nil
 	}

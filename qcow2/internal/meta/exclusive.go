@@ -1,0 +1,74 @@
+package meta
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/storage"
+)
+
+// Exclusive runs fn with the metadata to itself: no request and no flush but fn's own runs, and the disk holds what memory
+// holds. It is how operations that concern the whole image work (snapshots, resizing, repair): on the file, in
+// plain steps, each made durable before the next. fn uses SettleGated, WriteNow and SyncNow, and the methods of Refs; what it
+// changes of the mapping it changes on the disk, and has the Store look there again with Reload.
+func (s *Store) Exclusive(ctx context.Context, fn func() error) error {
+	if err := s.Epochs.Quiesce(); err != nil {
+		return err
+	}
+	defer s.Epochs.Resume()
+	if err := s.Settle(ctx); err != nil {
+		return err
+	}
+	s.gate.Lock()
+	defer s.gate.Unlock()
+	return fn()
+}
+
+// SettleGated makes every change of the refcounts durable, including the counts of what was retired. It is for Exclusive.
+func (s *Store) SettleGated() error {
+	for range 2 {
+		if err := s.flushGated(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// WriteNow writes b at a host offset. What it writes is in doubt after a sync that fails, like every write.
+func (s *Store) WriteNow(b []byte, off format.HostOff) error {
+	err := storage.WriteFull(s.file, b, int64(off))
+	s.Wrote(int64(off), int64(len(b)))
+	if err != nil {
+		return fmt.Errorf("writing at host offset %#x: %w", off, err)
+	}
+	return nil
+}
+
+// SyncNow makes every write so far durable. It is for Exclusive.
+func (s *Store) SyncNow() error {
+	if len(s.log.inDoubt()) > 0 {
+		if err := s.log.rewrite(s.file); err != nil {
+			return err
+		}
+	}
+	wrote := s.log.cut()
+	if err := s.sync(); err != nil {
+		s.log.lost(wrote)
+		return err
+	}
+	return nil
+}
+
+// Reload forgets what memory holds of the mapping and the refcounts and takes c for what the header says. It is for
+// Exclusive, when everything is on the disk. On an error the Store can be used no more than before.
+func (s *Store) Reload(c Config) error {
+	if s.Refs != nil {
+		if err := s.openRefcounts(c); err != nil {
+			return err
+		}
+	}
+	s.Layout = c.Layout
+	s.Map.reset(c.Layout, c.L1Off, c.L1Len, c.CacheBytes)
+	return nil
+}
