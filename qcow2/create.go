@@ -142,9 +142,7 @@ func newHeader(o CreateOptions) (*format.Header, error) {
 	if o.CompressionType != CompressionZlib {
 		h.Incompat |= format.IncompatCompression
 	}
-	if version >= format.Version3 && cs > 4096 { // in a smaller cluster the table would leave no room for anything else
-		h.FeatureNames = format.DefaultFeatureNames()
-	}
+	addFeatureNames(h)
 	return h, nil
 }
 
