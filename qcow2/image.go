@@ -38,6 +38,37 @@ type Options struct {
 	// CacheCleanInterval is how often cached L2 tables are dropped that nobody used in the meantime; 0 means the default,
 	// a negative value never.
 	CacheCleanInterval time.Duration
+	// PassDiscardRequest, PassDiscardSnapshot and PassDiscardOther say whether the host gets the space of clusters back
+	// that became free because the guest discarded them, because a snapshot was deleted, or for other reasons. By default
+	// the first two are on and the last is off.
+	PassDiscardRequest, PassDiscardSnapshot, PassDiscardOther Switch
+	// DiscardNoUnref keeps the host clusters that the guest discards, so that they need not be found again. Their space is
+	// given back to the host as PassDiscardRequest says.
+	DiscardNoUnref bool
+}
+
+// Switch is an option that has a default.
+type Switch uint8
+
+// The positions of a Switch.
+const (
+	SwitchDefault Switch = iota
+	SwitchOn
+	SwitchOff
+)
+
+func (s Switch) or(def bool) bool {
+	if s == SwitchDefault {
+		return def
+	}
+	return s == SwitchOn
+}
+
+// passDiscard returns which causes of a discard reach the host.
+func (o *Options) passDiscard() meta.PassDiscard {
+	return meta.PassDiscard{
+		Request: o.PassDiscardRequest.or(true), Snapshot: o.PassDiscardSnapshot.or(true), Other: o.PassDiscardOther.or(false),
+	}
 }
 
 // Image is an open QCOW2 image, a block.Device.
@@ -276,6 +307,7 @@ func (im *Image) metaConfig(o Options) (meta.Config, error) {
 		SnapshotsOff: h.SnapshotsOffset,
 		CacheBytes:   or(o.CacheSize, DefaultCacheSize),
 		OnFree:       func(r meta.ClusterRun) { im.clusters.drop(im.lay, r) },
+		PassDiscard:  o.passDiscard(),
 	}
 	if !im.readOnly && h.SnapshotCount > 0 {
 		_, n, err := readSnapshots(im.file, h)

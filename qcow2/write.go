@@ -312,7 +312,7 @@ func (a *allocation) link() {
 	var old retireList
 	a.edit.Put(0, a.n, func(k int64, e meta.Entry) meta.Entry {
 		if a.fresh {
-			old.add(im.lay, e.Word, false)
+			old.add(im.lay, e.Word, meta.CauseOther)
 		}
 		entry := im.dataEntry(a.host + format.HostOff(k<<im.lay.ClusterBits))
 		if im.lay.ExtendedL2 {
@@ -342,8 +342,8 @@ func (a *allocation) bitmap(k int64, old meta.Entry) format.L2Bitmap {
 // retireList gathers the references that entries held, to be given up after the entries have changed.
 type retireList []meta.Retired
 
-func (l *retireList) add(lay format.Layout, e format.L2Entry, punch bool) {
-	r := meta.Retired{Punch: punch}
+func (l *retireList) add(lay format.Layout, e format.L2Entry, cause meta.Cause) {
+	r := meta.Retired{Cause: cause}
 	switch lay.Kind(e) {
 	case format.KindNormal, format.KindZeroAlloc:
 		r.First, r.N = lay.Cluster(e.HostOffset()), 1
@@ -353,7 +353,7 @@ func (l *retireList) add(lay format.Layout, e format.L2Entry, punch bool) {
 	default:
 		return
 	}
-	if n := len(*l); n > 0 && (*l)[n-1].End() == r.First && (*l)[n-1].Punch == punch {
+	if n := len(*l); n > 0 && (*l)[n-1].End() == r.First && (*l)[n-1].Cause == cause {
 		(*l)[n-1].N += r.N
 		return
 	}

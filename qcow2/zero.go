@@ -280,7 +280,7 @@ func (im *Image) zeroEntries(ctx context.Context, c meta.GuestCluster, n int64, 
 	edit.Put(0, n, func(k int64, e meta.Entry) meta.Entry {
 		entry, giveUp := z.entry(e, int64(c+meta.GuestCluster(k))<<im.lay.ClusterBits)
 		if giveUp {
-			old.add(im.lay, e.Word, true)
+			old.add(im.lay, e.Word, meta.CauseRequest)
 		}
 		return entry
 	})

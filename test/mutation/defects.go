@@ -81,7 +81,7 @@ var Defects = []Defect{
 	{"advance-with-requests", "the epoch advances past running requests", epoch,
 		"	if !e.drained((epoch + 1) & 1) {", "	if !e.drained((epoch+1)&1) && epoch == 0 {"},
 	{"punch-after-free", "a hole is punched in a cluster that somebody else may own by then", store,
-		"			if r.Punch {\n				// A failed", `			if r.Punch {
+		"			if s.pass.Passes(r.Cause) {\n				// A failed", `			if r.Punch {
 				if err := s.Refs.Apply(run); err != nil {
 					return r, err
 				}
@@ -90,7 +90,7 @@ var Defects = []Defect{
 				r.First, r.N = run.End(), r.N-n
 				continue
 			}
-			if r.Punch {
+			if s.pass.Passes(r.Cause) {
 				// A failed`},
 	{"quiesce-waits-for-nobody", "a check runs beside requests", epoch,
 		"	e.door.Store(doorHeld)\n	e.waitEmpty()\n", "	e.door.Store(doorHeld)\n"},
@@ -103,7 +103,7 @@ var Defects = []Defect{
 	{"block-does-not-count-itself", "a new refcount block lies in a free cluster", refcount,
 		"	rc.countOwn(ClusterRun{at, 1})\n", ""},
 	{"old-table-kept", "the clusters of a refcount table that moved are never freed", refcount,
-		"	rc.retired = append(rc.retired, Retired{ClusterRun: old})\n", "	_ = old\n"},
+		"	rc.retired = append(rc.retired, Retired{ClusterRun: old, Cause: CauseOther})\n", "	_ = old\n"},
 	{"recycled-counts-as-virgin", "old bytes of a recycled cluster show through", refcount,
 		"	rc.virgin = max(rc.virgin, c+1)\n", ""},
 	{"moved-table-not-named", "the header goes on naming the refcount table that was left", refflush,
@@ -121,7 +121,7 @@ var Defects = []Defect{
 	{"share-l2-tables", "an L2 table shared with a snapshot is changed in place", mapping,
 		"	if e.Offset() != 0 && e.Copied() {\n		return m.tableLocked", "	if e.Offset() != 0 {\n		return m.tableLocked"},
 	{"old-l2-table-kept", "a shared L2 table keeps a reference after the copy", mapping,
-		"		m.rc.Retire(Retired{ClusterRun: ClusterRun{m.lay.Cluster(e.Offset()), 1}, Punch: true})\n", "		_ = e\n"},
+		"		m.rc.Retire(Retired{ClusterRun: ClusterRun{m.lay.Cluster(e.Offset()), 1}, Cause: CauseOther})\n", "		_ = e\n"},
 	{"drop-a-waiter", "two requests map one guest cluster at the same time", ranges,
 		"	for _, c := range wait {\n", "	for _, c := range wait[len(wait):] {\n"},
 	{"edit-evicted-slice", "an entry is changed in a slice that is no longer the cached one", mapping,

@@ -426,7 +426,7 @@ func (m *Mapping) ownTable(chunk *l1Chunk, l1 int64) (*table, error) {
 	}
 	m.install(chunk, l1, t)
 	if e.Offset() != 0 {
-		m.rc.Retire(Retired{ClusterRun: ClusterRun{m.lay.Cluster(e.Offset()), 1}, Punch: true})
+		m.rc.Retire(Retired{ClusterRun: ClusterRun{m.lay.Cluster(e.Offset()), 1}, Cause: CauseOther})
 	}
 	return t, nil
 }

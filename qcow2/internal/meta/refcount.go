@@ -80,7 +80,7 @@ type ClusterRun struct {
 // Retired is a run of clusters that each lost a reference.
 type Retired struct {
 	ClusterRun
-	Punch bool // give the host space back when the last reference goes
+	Cause Cause
 }
 
 // End returns the index after the run.
@@ -467,7 +467,7 @@ func (rc *Refcounts) growTable(b int) error {
 	rc.tableClusters = tableClusters
 	rc.tableMoved = true
 	rc.table.Store(&ClusterRun{rc.lay.Cluster(rc.tableOff), tableClusters})
-	rc.retired = append(rc.retired, Retired{ClusterRun: old})
+	rc.retired = append(rc.retired, Retired{ClusterRun: old, Cause: CauseOther})
 	return nil
 }
 
@@ -503,7 +503,7 @@ func (rc *Refcounts) Release(run ClusterRun) error {
 func (rc *Refcounts) Retire(r Retired) {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
-	if n := len(rc.retired); n > 0 && rc.retired[n-1].End() == r.First && rc.retired[n-1].Punch == r.Punch {
+	if n := len(rc.retired); n > 0 && rc.retired[n-1].End() == r.First && rc.retired[n-1].Cause == r.Cause {
 		rc.retired[n-1].N += r.N
 		return
 	}

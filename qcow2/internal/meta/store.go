@@ -53,6 +53,7 @@ type Store struct {
 	fixed []fixedRun
 	// onFree is told of clusters that are about to become free, when no request can be using them any more.
 	onFree func(ClusterRun)
+	pass   PassDiscard
 
 	log writeLog
 
@@ -85,11 +86,12 @@ type Config struct {
 	Writable      bool
 	CacheBytes    int64 // bound of the L2 cache
 	OnFree        func(ClusterRun)
+	PassDiscard   PassDiscard
 }
 
 // Open makes a Store. It reads the refcount table of a writable image and nothing else; the header has been validated.
 func Open(c Config) (*Store, error) {
-	s := &Store{Layout: c.Layout, Epochs: NewEpochs(), file: c.File, onFree: c.OnFree}
+	s := &Store{Layout: c.Layout, Epochs: NewEpochs(), file: c.File, onFree: c.OnFree, pass: c.PassDiscard}
 	s.Map = newMapping(c.File, c.Layout, c.L1Off, c.L1Len, c.CacheBytes)
 	if !c.Writable {
 		return s, nil
@@ -494,7 +496,7 @@ func (s *Store) free(r Retired) (rest Retired, err error) {
 		run := ClusterRun{r.First, n}
 		if last {
 			s.onFree(run)
-			if r.Punch {
+			if s.pass.Passes(r.Cause) {
 				// A failed punch costs host space only.
 				_ = s.file.PunchHole(int64(s.Layout.Offset(run.First)), n<<s.Layout.ClusterBits)
 			}
