@@ -38,7 +38,7 @@ func (im *Image) Check(ctx context.Context, o CheckOptions) (*CheckReport, error
 		return nil, block.ErrClosed
 	}
 	defer im.meta.Epochs.Resume()
-	if err := im.meta.Settle(ctx); err != nil {
+	if err := im.meta.Settle(); err != nil {
 		return nil, err
 	}
 	return CheckFile(ctx, im.file, o)

@@ -231,7 +231,7 @@ func zeroDevice(file storage.File, off, n int64) error {
 
 // preallocate maps every cluster of the new image in file and makes room for it on the host.
 func preallocate(ctx context.Context, file storage.File, o CreateOptions) error {
-	im, err := Open(ctx, file, Options{CacheCleanInterval: -1})
+	im, err := Open(ctx, file, Options{CacheCleanInterval: -1, LazyRefcounts: SwitchOff})
 	if err != nil {
 		return fmt.Errorf("preallocating: %w", err)
 	}
@@ -239,7 +239,7 @@ func preallocate(ctx context.Context, file storage.File, o CreateOptions) error 
 	if err := im.mapAll(ctx, o.Preallocation); err != nil {
 		return fmt.Errorf("preallocating: %w", err)
 	}
-	if err := im.meta.Settle(ctx); err != nil {
+	if err := im.meta.Settle(); err != nil {
 		return fmt.Errorf("preallocating: %w", err)
 	}
 	return nil

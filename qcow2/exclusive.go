@@ -52,6 +52,7 @@ func (im *Image) reload() error {
 	}
 	im.clusters.clear()
 	im.size.Store(hdr.DiskSize())
+	im.incompat = hdr.Incompat
 	im.noteInfo()
 	return nil
 }

@@ -45,6 +45,9 @@ type Options struct {
 	// DiscardNoUnref keeps the host clusters that the guest discards, so that they need not be found again. Their space is
 	// given back to the host as PassDiscardRequest says.
 	DiscardNoUnref bool
+	// LazyRefcounts says whether refcounts may stay in memory until the image is closed, with the dirty bit set meanwhile; by
+	// default the header does. Version 3 only.
+	LazyRefcounts Switch
 }
 
 // Switch is an option that has a default.
@@ -85,7 +88,11 @@ type Image struct {
 	info     atomic.Pointer[block.Info]
 	readOnly bool
 	opts     Options // as given to Open
-	broken   error   // set by exclusive when the metadata could not be read again: no request is served any more
+	views    snapshotViews
+	parent   *Image // whose snapshot this is a view of; nil for an image proper
+	headMu   sync.Mutex
+	incompat uint64 // the incompatible features on the disk, under headMu
+	broken   error  // set by exclusive when the metadata could not be read again: no request is served any more
 	meta     *meta.Store
 	clusters *clusterCache
 	cow      sync.Pool     // *[]byte, two clusters long
@@ -179,22 +186,10 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	im := &Image{name: o.Name, file: file, data: file, backing: o.Backing, hdr: hdr, lay: hdr.Layout(),
-		readOnly: o.ReadOnly, opts: o}
-	im.size.Store(hdr.DiskSize())
-	if im.name == "" {
-		im.name = file.Stat().Name
-	}
+	im := newImage(file, hdr, o)
 	if err := im.refuse(o); err != nil {
 		return nil, err
 	}
-	if o.DataFile != nil {
-		im.data = o.DataFile
-	}
-	im.nowait, _ = im.data.(storage.NowaitReader)
-	cs := int(im.lay.ClusterSize())
-	im.cow.New = func() any { b := make([]byte, 2*cs); return &b }
-	im.clusters = newClusterCache(or(o.ClusterCacheSize, DefaultClusterCacheSize), int64(cs))
 	if err := im.openMeta(o); err != nil {
 		return nil, err
 	}
@@ -206,6 +201,25 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 	im.noteInfo()
 	im.startSweeps(o.CacheCleanInterval)
 	return im, nil
+}
+
+// newImage makes an image of a header, without its metadata.
+func newImage(file storage.File, hdr *format.Header, o Options) *Image {
+	im := &Image{name: o.Name, file: file, data: file, backing: o.Backing, hdr: hdr, lay: hdr.Layout(),
+		readOnly: o.ReadOnly, opts: o}
+	im.size.Store(hdr.DiskSize())
+	im.incompat = hdr.Incompat
+	if im.name == "" {
+		im.name = file.Stat().Name
+	}
+	if o.DataFile != nil {
+		im.data = o.DataFile
+	}
+	im.nowait, _ = im.data.(storage.NowaitReader)
+	cs := int(im.lay.ClusterSize())
+	im.cow.New = func() any { b := make([]byte, 2*cs); return &b }
+	im.clusters = newClusterCache(or(o.ClusterCacheSize, DefaultClusterCacheSize), int64(cs))
+	return im
 }
 
 // startSweeps has a goroutine give idle cache memory back from time to time.
@@ -308,6 +322,7 @@ func (im *Image) metaConfig(o Options) (meta.Config, error) {
 		CacheBytes:   or(o.CacheSize, DefaultCacheSize),
 		OnFree:       func(r meta.ClusterRun) { im.clusters.drop(im.lay, r) },
 		PassDiscard:  o.passDiscard(),
+		Lazy:         im.lazy(), Dirty: h.Incompat&format.IncompatDirty != 0, WriteDirty: im.writeDirty,
 	}
 	if !im.readOnly && h.SnapshotCount > 0 {
 		_, n, err := readSnapshots(im.file, h)
@@ -420,14 +435,23 @@ func (im *Image) tryEnter() (meta.Ticket, bool) {
 // Close waits for the requests running, makes everything durable and closes the files below, whatever fails. The error
 // is the first that happened.
 func (im *Image) Close() error {
+	if im.parent != nil {
+		return im.closeView()
+	}
 	if !im.meta.Epochs.Close() {
 		return block.ErrClosed
+	}
+	for _, view := range im.views.all() {
+		_ = view.Close() // which fails only if somebody else closes it
 	}
 	if im.stopSweeps != nil {
 		close(im.stopSweeps)
 		im.swept.Wait()
 	}
-	err := im.meta.Settle(context.Background())
+	err := im.meta.Settle()
+	if err == nil {
+		err = im.meta.CloseClean()
+	}
 	im.life.Lock()
 	defer im.life.Unlock()
 	errs := []error{err, im.file.Close()}

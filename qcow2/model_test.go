@@ -62,10 +62,14 @@ type harness struct {
 	base  []byte
 	im    *qcow2.Image
 	model []byte
+	snaps []modelSnapshot
 }
 
 func newHarness(t testing.TB, r *rand.Rand, v variant) *harness {
 	h := &harness{t: t, r: r, v: v, file: storage.NewMemFile("model.qcow2")}
+	if v.create.Version == 3 && r.IntN(3) == 0 {
+		h.v.create.LazyRefcounts = true
+	}
 	if v.backing > 0 {
 		h.base = make([]byte, v.backing)
 		for i := range h.base {
@@ -172,6 +176,8 @@ func (h *harness) step() {
 		h.must("flush", h.im.Flush(ctx))
 	case op < 97:
 		h.checkExtents(off, n)
+	case op < 98:
+		h.snapshotStep()
 	default:
 		h.reopen()
 	}
@@ -224,6 +230,7 @@ func (h *harness) finish() {
 	if !bytes.Equal(got, h.model) {
 		h.t.Fatalf("%v: content differs after reopening", h.v)
 	}
+	h.compareSnapshots()
 	h.must("close", h.im.Close())
 }
 

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/droverproject/drover/block"
@@ -38,8 +39,20 @@ func (im *Image) checkWrite(off, n int64) error {
 }
 
 // change runs fn as a request that may change the mapping of a range. A request of several steps enters once for each, and
-// between two of them the disk may have become smaller or the image read-only.
+// between two of them the disk may have become smaller or the image read-only. fn may be run twice.
 func (im *Image) change(ctx context.Context, s span, fn func() error) error {
+	for {
+		err := im.changeOnce(ctx, s, fn)
+		if !errors.Is(err, meta.ErrNotMarked) {
+			return err
+		}
+		if err := im.meta.MarkDirty(); err != nil {
+			return err
+		}
+	}
+}
+
+func (im *Image) changeOnce(ctx context.Context, s span, fn func() error) error {
 	if err := im.meta.Pressure(ctx); err != nil {
 		return fmt.Errorf("making room in the metadata cache: %w", err)
 	}

@@ -40,6 +40,15 @@ func EncodeL1Pointer(entries uint32, off HostOff) (b [12]byte) {
 	return b
 }
 
+// EncodeSizeAndL1 returns the 24 bytes at OffSize: the disk size, the encryption method that lies between, and the L1 pointer.
+func EncodeSizeAndL1(size uint64, crypt, entries uint32, off HostOff) (b [24]byte) {
+	binary.BigEndian.PutUint64(b[:], size)
+	binary.BigEndian.PutUint32(b[OffCryptMethod-OffSize:], crypt)
+	l1 := EncodeL1Pointer(entries, off)
+	copy(b[OffL1-OffSize:], l1[:])
+	return b
+}
+
 // EncodeRefTablePointer returns the 12 bytes at OffRefTable.
 func EncodeRefTablePointer(off HostOff, clusters uint32) (b [12]byte) {
 	binary.BigEndian.PutUint64(b[:], uint64(off))

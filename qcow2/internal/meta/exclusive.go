@@ -17,16 +17,28 @@ func (s *Store) Exclusive(ctx context.Context, fn func() error) error {
 		return err
 	}
 	defer s.Epochs.Resume()
-	if err := s.Settle(ctx); err != nil {
-		return err
-	}
 	s.gate.Lock()
 	defer s.gate.Unlock()
+	if err := s.SettleGated(); err != nil {
+		return err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if s.mark.lazy {
+		if err := s.MarkDirtyGated(); err != nil {
+			return err
+		}
+	}
 	return fn()
 }
 
 // SettleGated makes every change of the refcounts durable, including the counts of what was retired. It is for Exclusive.
 func (s *Store) SettleGated() error {
+	s.settling = true
+	defer func() { s.settling = false }()
+	// The first flush removes the last references; with no request running they settle at once, and the second writes
+	// the lowered counts.
 	for range 2 {
 		if err := s.flushGated(); err != nil {
 			return err

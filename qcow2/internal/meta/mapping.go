@@ -459,14 +459,17 @@ func (m *Mapping) fillTable(t *table, from format.HostOff, virgin bool) error {
 }
 
 // clearCopied drops the COPIED flags of a table copied from a shared one. They are clear already in an image that is
-// sound; clearing them again makes sure that a wrong one cannot let two owners write one cluster.
-func clearCopied(b []byte, lay format.Layout) {
+// sound; clearing them again makes sure that a wrong one cannot let two owners write one cluster. It reports whether any
+// was set.
+func clearCopied(b []byte, lay format.Layout) (any bool) {
 	for i := 0; i < len(b); i += int(lay.L2EntrySize()) {
 		e := format.L2Entry(be64(b[i:]))
-		if !e.Compressed() {
+		if !e.Compressed() && e.Copied() {
 			b[i] &^= 0x80
+			any = true
 		}
 	}
+	return any
 }
 
 // install makes t the table of L1 entry l1, in memory; the stripe of l1 is held.

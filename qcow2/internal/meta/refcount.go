@@ -57,6 +57,9 @@ type Refcounts struct {
 	table atomic.Pointer[ClusterRun]
 
 	topUsed format.ClusterIdx // one past the highest cluster handed out
+
+	// marked, if set, says whether the disk tells that counts are postponed, without which they must not change.
+	marked func() bool
 }
 
 type refBlock struct {
@@ -258,6 +261,9 @@ func (rc *Refcounts) touch(b int, slot int64) {
 func (rc *Refcounts) Alloc(n int64) (run ClusterRun, virgin bool, err error) {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
+	if rc.marked != nil && !rc.marked() {
+		return ClusterRun{}, false, ErrNotMarked
+	}
 	defer rc.dropClean()
 	run, err = rc.find(n)
 	if err != nil {
@@ -531,21 +537,34 @@ func (rc *Refcounts) Apply(run ClusterRun) error {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	defer rc.dropClean()
-	for c := run.First; c < run.End(); c++ {
-		b, slot := rc.split(c)
-		if !rc.exists(b) {
-			return corrupt("freeing cluster at host offset %#x, which has no refcount", rc.lay.Offset(c))
+	err := rc.eachBlock(run, func(b int, slot, n int64) error {
+		for i := slot; i < slot+n; i++ {
+			if rc.lay.Refcount(rc.known[b].data, i) == 0 {
+				c := format.ClusterIdx(b)*rc.perBlock() + format.ClusterIdx(i)
+				return corrupt("freeing cluster at host offset %#x, which is free already", rc.lay.Offset(c))
+			}
 		}
-		if err := rc.load(b); err != nil {
-			return err
-		}
-		if rc.lay.Refcount(rc.known[b].data, slot) == 0 {
-			return corrupt("freeing cluster at host offset %#x, which is free already", rc.lay.Offset(c))
-		}
+		return nil
+	})
+	if err != nil {
+		return err
 	}
-	for c := run.First; c < run.End(); c++ {
-		b, slot := rc.split(c)
-		rc.set(b, slot, rc.lay.Refcount(rc.known[b].data, slot)-1)
+	return rc.eachBlock(run, func(b int, slot, n int64) error {
+		for i := slot; i < slot+n; i++ {
+			rc.lower(b, i)
+		}
+		return nil
+	})
+}
+
+// lower takes one from a count that is not 0.
+func (rc *Refcounts) lower(b int, slot int64) {
+	blk := rc.known[b]
+	v := rc.lay.Refcount(blk.data, slot) - 1
+	if v == 0 {
+		rc.set(b, slot, 0)
+		return
 	}
-	return nil
+	rc.lay.SetRefcount(blk.data, slot, v)
+	rc.touch(b, slot)
 }

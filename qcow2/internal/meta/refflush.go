@@ -133,18 +133,21 @@ func (rc *Refcounts) sameFate(c format.ClusterIdx, n int64) (last bool, run int6
 	defer rc.dropClean()
 	for run < n {
 		b, slot := rc.split(c + format.ClusterIdx(run))
-		one := false
-		if rc.exists(b) {
-			if err := rc.load(b); err != nil {
-				return false, 0, err
+		if !rc.exists(b) {
+			return last, max(run, 1), nil // freeing it will say what is wrong
+		}
+		if err := rc.load(b); err != nil {
+			return false, 0, err
+		}
+		blk := rc.known[b]
+		for ; slot < int64(rc.perBlock()) && run < n; slot++ {
+			one := rc.lay.Refcount(blk.data, slot) == 1
+			if run > 0 && one != last {
+				return last, run, nil
 			}
-			one = rc.lay.Refcount(rc.known[b].data, slot) == 1
+			last = one
+			run++
 		}
-		if run > 0 && one != last {
-			break
-		}
-		last = one
-		run++
 	}
 	return last, run, nil
 }

@@ -55,7 +55,10 @@ type Store struct {
 	onFree func(ClusterRun)
 	pass   PassDiscard
 
-	log writeLog
+	log  writeLog
+	mark dirtyMark
+	// settling: the flush that runs leaves nothing in memory. Under gate.
+	settling bool
 
 	gate    sync.Mutex // held by the flush that runs, and by whoever has the metadata to itself
 	flushMu sync.Mutex
@@ -87,6 +90,10 @@ type Config struct {
 	CacheBytes    int64 // bound of the L2 cache
 	OnFree        func(ClusterRun)
 	PassDiscard   PassDiscard
+	// Lazy: counts may stay in memory between flushes. WriteDirty sets or clears the header's dirty bit and syncs; Dirty
+	// says that it is set.
+	Lazy, Dirty bool
+	WriteDirty  func(on bool) error
 }
 
 // Open makes a Store. It reads the refcount table of a writable image and nothing else; the header has been validated.
@@ -114,6 +121,11 @@ func (s *Store) openRefcounts(c Config) error {
 		{clustersOf(c.Layout, c.SnapshotsOff, c.SnapshotsSize), "snapshot table"},
 	}
 	refs.guard = s.guardClusters
+	s.mark.lazy, s.mark.write = c.Lazy, c.WriteDirty
+	s.mark.on.Store(c.Dirty)
+	if c.Lazy {
+		refs.marked = s.mark.on.Load
+	}
 	return nil
 }
 
@@ -219,7 +231,9 @@ func (s *Store) flushGated() error {
 	if err := s.writeDoubtAgain(); err != nil {
 		return err
 	}
-	s.reclaim()
+	if err := s.reclaimMarked(); err != nil {
+		return err
+	}
 	if err := s.Refs.growAhead(); err != nil && !errors.Is(err, ErrImageFull) {
 		return err
 	}
@@ -230,6 +244,22 @@ func (s *Store) flushGated() error {
 		return err
 	}
 	s.finish(g)
+	return s.reclaimMarked()
+}
+
+// reclaimMarked frees what can be freed. Where the counts that go down stay in memory, the disk must say so first.
+func (s *Store) reclaimMarked() error {
+	s.settledMu.Lock()
+	n := len(s.settled)
+	s.settledMu.Unlock()
+	if n == 0 {
+		return nil
+	}
+	if s.mark.lazy {
+		if err := s.MarkDirtyGated(); err != nil {
+			return err
+		}
+	}
 	s.reclaim()
 	return nil
 }
@@ -271,14 +301,16 @@ type frozenSlice struct {
 }
 
 // freeze cuts a generation. The order matters: references retired before the cut had their entries changed before, so
-// the frozen slices show them gone; and the refcounts are frozen last, so they count whatever the slices point to.
+// the frozen slices show them gone; and the refcounts are frozen last, so they count whatever the slices point to. Counts that are postponed stay.
 func (s *Store) freeze() *generation {
 	g := &generation{}
 	g.wrote = s.log.cut()
 	g.retired = s.Refs.takeRetired()
 	s.Map.freezeL1(g)
 	s.Map.freezeSlices(g)
-	g.refs = s.Refs.freeze()
+	if !s.postpone() {
+		g.refs = s.Refs.freeze()
+	}
 	g.ordered = g.ordered || g.refs.increased || len(g.refs.newBlocks) > 0 || g.refs.table != nil || len(g.tables) > 0
 	return g
 }
@@ -510,13 +542,8 @@ func (s *Store) free(r Retired) (rest Retired, err error) {
 }
 
 // Settle makes everything durable, including the counts of clusters freed last. It is called when no request runs.
-func (s *Store) Settle(ctx context.Context) error {
-	// The first flush removes the last references; with no request running they settle at once, and the second writes
-	// the lowered counts.
-	for range 2 {
-		if err := s.Flush(ctx); err != nil {
-			return err
-		}
-	}
-	return nil
+func (s *Store) Settle() error {
+	s.gate.Lock()
+	defer s.gate.Unlock()
+	return s.SettleGated()
 }

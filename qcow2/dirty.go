@@ -1,0 +1,43 @@
+package qcow2
+
+import (
+	"fmt"
+
+	"github.com/droverproject/drover/qcow2/internal/format"
+)
+
+// lazy reports whether refcounts may be written late.
+func (im *Image) lazy() bool {
+	if im.hdr.Version < format.Version3 {
+		return false
+	}
+	return im.opts.LazyRefcounts.or(im.hdr.Compat&format.CompatLazyRefcounts != 0)
+}
+
+// writeDirty sets or clears the dirty bit on the disk. Version 2 has none.
+func (im *Image) writeDirty(on bool) error {
+	if im.hdr.Version < format.Version3 {
+		return nil
+	}
+	if on {
+		return im.changeIncompat(format.IncompatDirty, 0)
+	}
+	return im.changeIncompat(0, format.IncompatDirty)
+}
+
+// changeIncompat sets and clears incompatible feature bits in the header on the disk and syncs: one aligned field, which a
+// power cut leaves old or new. The caller holds the metadata's gate: no flush runs.
+func (im *Image) changeIncompat(set, clear uint64) error {
+	im.headMu.Lock()
+	defer im.headMu.Unlock()
+	bits := im.incompat&^clear | set
+	b := format.EncodeUint64(bits)
+	if err := im.meta.WriteNow(b[:], format.OffIncompat); err != nil {
+		return fmt.Errorf("changing features in the header: %w", err)
+	}
+	if err := im.meta.SyncNow(); err != nil {
+		return err
+	}
+	im.incompat = bits
+	return nil
+}
