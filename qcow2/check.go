@@ -43,3 +43,32 @@ func (im *Image) Check(ctx context.Context, o CheckOptions) (*CheckReport, error
 	}
 	return CheckFile(ctx, im.file, o)
 }
+
+// RepairReport is the outcome of RepairFile.
+type RepairReport = check.RepairReport
+
+// RepairOptions control a repair.
+type RepairOptions = check.RepairOptions
+
+// RepairMode says what a repair may change.
+type RepairMode = check.RepairMode
+
+// The modes of a repair.
+const (
+	RepairLeaks = check.RepairLeaks // lower refcounts that are too high
+	RepairAll   = check.RepairAll   // mend all that can be mended without making data up
+)
+
+// What RepairLeaks refuses; nothing is changed then.
+var (
+	ErrDirtyLeaks  = check.ErrDirtyLeaks
+	ErrNeedRebuild = check.ErrNeedRebuild
+)
+
+// RepairFile mends the image in file, which must not be open elsewhere and must be locked for writing by the caller. It
+// never drops a snapshot, a bitmap or a cluster that can be reached, marks the image clean only after another pass over
+// it has found nothing wrong, and may lose power at any time: the next repair finishes the work. It looks at no other
+// file. With an error the report is incomplete, or nil in parts.
+func RepairFile(ctx context.Context, file storage.File, o RepairOptions) (*RepairReport, error) {
+	return check.Repair(ctx, file, o)
+}

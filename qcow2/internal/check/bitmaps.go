@@ -19,20 +19,22 @@ func (c *checker) walkBitmaps() error {
 		}
 		if list, err = format.ParseBitmapDirectory(b, c.h); err != nil {
 			c.corrupt(1, at(ext.DirectoryOffset), "ERROR %v", err)
-			c.rep.BitmapsBroken = true
+			c.rep.BitmapsBroken, c.blind = true, true
 			return nil
 		}
 	} else {
-		c.rep.BitmapsBroken = true
+		c.rep.BitmapsBroken, c.blind = true, true
 	}
 	var tables tableSpans
 	for i := range list {
 		tables.add(c, list[i].TableOffset, uint64(list[i].TableSize)*8)
 	}
+	c.bitmapTables = tables.clusters
 	return tables.walk(c, "bitmap table", func(w, weight uint64) {
 		e := format.BitmapEntry(w)
 		switch {
 		case !e.Valid(c.l):
+			c.blind = true
 			c.corrupt(weight, at(e.Offset()), "ERROR invalid bitmap table entry 0x%x", w)
 		case e.Offset() != 0:
 			c.reference(e.Offset(), uint64(c.l.ClusterSize()), weight)

@@ -55,6 +55,31 @@ type checker struct {
 	refs   *counts
 	tables tableRefs
 	stored *storedRefcounts
+
+	repairFacts
+}
+
+// repairFacts is what a walk finds out for the repair beside its report.
+type repairFacts struct {
+	// blind: something refers to a place that cannot be followed (outside the file, unaligned, in a broken directory), so
+	// that clusters without a known reference may be in use all the same.
+	blind bool
+	// far is the lowest offset outside the file that something refers to, 0 if nothing does.
+	far format.HostOff
+	// copied is how many of the corruptions are COPIED flags.
+	copied int64
+	// brokenRefs: the refcount structures cannot be mended in place: a block or the table is not where it should be, or
+	// its clusters are something else besides.
+	brokenRefs bool
+	// missingBlock: a cluster is in use for whose refcount there is no block.
+	missingBlock bool
+	// tableBytes is the length of the snapshot table.
+	tableBytes int
+	snapshots  []format.Snapshot
+	// bitmapTables and snapshotL1s are the clusters of those tables.
+	bitmapTables, snapshotL1s []span
+	// withoutRefs leaves the refcount structures out of the walk: the counts are then those of everything else.
+	withoutRefs bool
 }
 
 // Run checks the image in file. It reads the file and changes nothing.
@@ -63,14 +88,19 @@ type checker struct {
 // (without it every cluster of a snapshot would seem to be leaked), of a read that failed, or of the context. The report
 // is then nil or counts what was found until then, and must not be taken for the whole.
 func Run(ctx context.Context, file storage.File, o Options) (*Report, error) {
-	c := &checker{ctx: ctx, file: file, opts: o, maxFindings: o.MaxFindings, rep: &Report{}, refs: newCounts()}
-	if c.maxFindings <= 0 {
-		c.maxFindings = defaultMaxFindings
-	}
+	c := newChecker(ctx, file, o)
 	if err := c.open(); err != nil {
 		return nil, err
 	}
 	return c.rep, c.run()
+}
+
+func newChecker(ctx context.Context, file storage.File, o Options) *checker {
+	c := &checker{ctx: ctx, file: file, opts: o, maxFindings: o.MaxFindings, rep: &Report{}, refs: newCounts()}
+	if c.maxFindings <= 0 {
+		c.maxFindings = defaultMaxFindings
+	}
+	return c
 }
 
 // open reads the header and the refcount table.
@@ -112,15 +142,17 @@ func (c *checker) run() error {
 		c.found(Failure, 1, at(c.h.SnapshotsOffset), "ERROR failed to read the snapshot table: %v", err)
 		return fmt.Errorf("reading the snapshot table at host offset %#x: %w", c.h.SnapshotsOffset, err)
 	}
+	c.snapshots, c.tableBytes = snapshots, tableLen
 	c.reference(0, uint64(c.l.ClusterSize()), 1)
 	steps := []func() error{
 		c.walkActiveL1,
 		func() error { return c.walkSnapshots(snapshots) },
 		c.walkL2Tables,
-		func() error { c.referenceTables(tableLen); return nil },
+		func() error { c.referenceTables(); return nil },
 		c.walkBitmaps,
-		c.walkRefcountTable,
-		c.compare,
+	}
+	if !c.withoutRefs {
+		steps = append(steps, c.walkRefcountTable, c.compare)
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
@@ -131,9 +163,13 @@ func (c *checker) run() error {
 }
 
 // referenceTables counts what the header points to and nothing else walks.
-func (c *checker) referenceTables(snapshotTableLen int) {
-	c.reference(c.h.SnapshotsOffset, uint64(snapshotTableLen), 1)
-	c.reference(c.h.RefTableOffset, uint64(c.h.RefTableLen)<<c.l.ClusterBits, 1)
+func (c *checker) referenceTables() {
+	c.reference(c.h.SnapshotsOffset, uint64(c.tableBytes), 1)
+	if !c.withoutRefs {
+		facts := c.repairFacts
+		c.reference(c.h.RefTableOffset, uint64(c.h.RefTableLen)<<c.l.ClusterBits, 1)
+		c.repairFacts = facts // a refcount table that is not there hides nothing
+	}
 	if c.h.Crypto != nil {
 		c.reference(c.h.Crypto.Offset, c.h.Crypto.Length, 1)
 	}
@@ -146,12 +182,22 @@ func (c *checker) reference(off format.HostOff, n, times uint64) {
 		return
 	}
 	if !c.inFile(off, n) {
+		c.lostSight(off)
 		c.corrupt(times, at(off), "ERROR: counting reference for region exceeding the end of the file by one cluster or "+
 			"more: offset 0x%x size 0x%x", off, n)
 		return
 	}
 	for i := c.l.Cluster(off); i <= c.l.Cluster(off+format.HostOff(n)-1); i++ {
 		c.referenceCluster(i, times)
+	}
+}
+
+// lostSight notes a reference that cannot be followed.
+func (c *checker) lostSight(off format.HostOff) {
+	c.blind = true
+	off = max(off, format.HostOff(c.fileSize)) // what begins inside goes on outside
+	if c.far == 0 || off < c.far {
+		c.far = off
 	}
 }
 

@@ -70,6 +70,13 @@ func (c *counts) add(i format.ClusterIdx, n, limit uint64) (lost uint64) {
 	return lost
 }
 
+// remove takes the only reference to a cluster away.
+func (c *counts) remove(i format.ClusterIdx) {
+	if page := c.pages[uint64(i)/pageClusters]; page != nil {
+		page[i%pageClusters] = 0
+	}
+}
+
 // pageNumbers returns the numbers of the touched pages in order.
 func (c *counts) pageNumbers() []uint64 {
 	nums := make([]uint64, 0, len(c.pages))

@@ -60,6 +60,7 @@ func (c *checker) l1Entry(e format.L1Entry, index int64, active bool, times uint
 	}
 	c.reference(e.Offset(), uint64(c.l.ClusterSize()), times)
 	if !c.l.Aligned(e.Offset()) {
+		c.blind = true
 		c.corrupt(times, p, "ERROR l2_offset=%x: Table is not cluster aligned; L1 entry corrupted", e.Offset())
 	}
 	ref := tableRef{off: e.Offset(), weight: times}
@@ -77,6 +78,7 @@ func (c *checker) checkL1Copied(e format.L1Entry, index int64, p place) {
 		return
 	}
 	if rc, ok := c.stored.get(c.l.Cluster(e.Offset())); ok && (rc == 1) != e.Copied() {
+		c.copied++
 		c.corrupt(1, p, "ERROR OFLAG_COPIED L2 cluster: l1_index=%d l1_entry=%x refcount=%d", index, uint64(e), rc)
 	}
 }
@@ -92,6 +94,7 @@ func (c *checker) walkSnapshots(list []format.Snapshot) error {
 			l1s.add(c, s.L1Offset, uint64(s.L1Size)*8)
 		}
 	}
+	c.snapshotL1s = l1s.clusters
 	return l1s.walk(c, "a snapshot's L1 table", func(w, weight uint64) {
 		if w != 0 {
 			c.l1Entry(format.L1Entry(w), 0, false, weight)
@@ -107,11 +110,13 @@ func (c *checker) checkSnapshotL1(s *format.Snapshot) bool {
 		c.corrupt(1, p, "ERROR snapshot %.128q (%.256q): snapshot table entry is incomplete", s.ID, s.Name)
 	}
 	if !c.l.Aligned(s.L1Offset) {
+		c.blind = true
 		c.corrupt(1, p, "ERROR snapshot %.128q (%.256q) l1_offset=%#x: L1 table is not cluster aligned; snapshot table "+
 			"entry corrupted", s.ID, s.Name, s.L1Offset)
 		return false
 	}
 	if s.L1Size > format.MaxL1Entries {
+		c.blind = true
 		c.corrupt(1, p, "ERROR snapshot %.128q (%.256q) l1_size=%#x: L1 table is too large; snapshot table entry "+
 			"corrupted", s.ID, s.Name, s.L1Size)
 		return false
@@ -119,16 +124,28 @@ func (c *checker) checkSnapshotL1(s *format.Snapshot) bool {
 	return true
 }
 
-// walkL2Tables reads each L2 table that something refers to, in the order of the file.
+// walkL2Tables counts the references of each L2 table that something refers to.
 func (c *checker) walkL2Tables() error {
 	c.tables.merge()
+	var unaligned int64
+	return c.eachL2(c.tables.list, func(words []uint64, ref *tableRef) error {
+		if !c.l.Aligned(ref.off) {
+			if unaligned += c.l.ClusterSize(); unaligned > c.fileSize+c.l.ClusterSize() {
+				return nil
+			}
+		}
+		c.l2Table(words, ref)
+		return nil
+	})
+}
+
+// eachL2 calls fn for each of a list of L2 tables, which are in the order of the file. words are reused.
+func (c *checker) eachL2(list []tableRef, fn func(words []uint64, ref *tableRef) error) error {
 	size := c.l.ClusterSize()
 	var (
-		buf       []byte
-		words     = make([]uint64, size/8)
-		unaligned int64
+		buf   []byte
+		words = make([]uint64, size/8)
 	)
-	list := c.tables.list
 	for len(list) > 0 {
 		if err := c.ctx.Err(); err != nil {
 			return err
@@ -142,14 +159,11 @@ func (c *checker) walkL2Tables() error {
 		}
 		for i := range list[:n] {
 			ref := &list[i]
-			if !c.l.Aligned(ref.off) {
-				if unaligned += size; unaligned > c.fileSize+size {
-					continue
-				}
-			}
 			from := ref.off - list[0].off
 			format.DecodeTable(words, buf[from:int64(from)+size])
-			c.l2Table(words, ref)
+			if err := fn(words, ref); err != nil {
+				return err
+			}
 		}
 		list = list[n:]
 	}
@@ -225,6 +239,7 @@ func (t *tableWalk) entry() {
 		t.data()
 	case format.KindUnallocated:
 		if t.b&format.BitmapAllAlloc != 0 {
+			t.blind = true
 			t.fault("ERROR: Unallocated cluster has non-zero subcluster allocation map")
 		}
 	}
@@ -237,10 +252,12 @@ func (t *tableWalk) compressed() {
 			off)
 	}
 	if t.l.DataFile {
+		t.blind = true
 		t.corrupt(t.ref.weight, t.place(off), "ERROR compressed cluster %d with data file, entry=0x%x", t.i, uint64(t.e))
 		return
 	}
 	if t.b != 0 {
+		t.blind = true
 		t.corrupt(t.ref.weight, t.place(off), "ERROR compressed cluster %d with non-zero subcluster allocation bitmap, "+
 			"entry=0x%x", t.i, uint64(t.e))
 		return
@@ -261,6 +278,7 @@ func (t *tableWalk) data() {
 		t.fault("ERROR offset=%x: Allocated cluster has corrupted subcluster allocation bitmap", off)
 	}
 	if !t.l.Aligned(off) {
+		t.blind = true
 		what := "Data"
 		if t.l.ExtendedL2 && t.b&format.BitmapAllAlloc == 0 || t.l.Type(t.e) == format.KindZeroAlloc {
 			what = "Preallocated"
@@ -288,6 +306,7 @@ func (t *tableWalk) checkCopied(off format.HostOff) {
 		rc, ok = t.stored.get(t.l.Cluster(off))
 	}
 	if ok && (rc == 1) != t.e.Copied() {
+		t.copied += int64(t.ref.active)
 		t.corrupt(t.ref.active, t.place(off), "ERROR OFLAG_COPIED data cluster: l2_entry=%x refcount=%d", uint64(t.e), rc)
 	}
 }

@@ -99,14 +99,52 @@ func (c *checker) walkRefcountTable() error {
 			}
 			c.corrupt(1, p, "ERROR refcount block %d refcount=%d", i, n)
 		}
-		c.rep.Rebuild = true
+		c.rep.Rebuild, c.brokenRefs = true, true
 	}
+	c.brokenRefs = c.brokenRefs || !c.ownsRefcountTable()
 	return nil
 }
 
-// compare compares the stored refcounts with the references found. It looks only at pages that have references or a
-// refcount block: everything else is 0 on both sides.
+// ownsRefcountTable reports whether the refcount table is there and its clusters are nothing else.
+func (c *checker) ownsRefcountTable() bool {
+	n := uint64(c.h.RefTableLen) << c.l.ClusterBits
+	if n == 0 || uint64(c.inside(c.h.RefTableOffset, n)) < n {
+		return false
+	}
+	first := c.l.Cluster(c.h.RefTableOffset)
+	for i := range format.ClusterIdx(c.h.RefTableLen) {
+		if c.refs.get(first+i) != 1 {
+			return false
+		}
+	}
+	return true
+}
+
+// refPart is clusters [lo, hi) that share a page of counts and a refcount block.
+type refPart struct {
+	lo, hi  uint64
+	num     int64      // of the block
+	block   []byte     // nil if there is none
+	known   bool       // false: there is a block, but its place is impossible
+	counted *countPage // nil if nothing refers to the clusters
+}
+
+// compare compares the stored refcounts with the references found.
 func (c *checker) compare() error {
+	return c.eachPart(func(p refPart) error {
+		switch {
+		case !p.known:
+			c.unknownRefcounts(p.lo, p.hi)
+		case p.counted != nil || !c.allZero(p.block, p.lo, p.hi):
+			c.comparePart(p)
+		}
+		return nil
+	})
+}
+
+// eachPart calls fn for all clusters in order, but only for those whose page has references or whose refcounts have a
+// block: everything else is 0 on both sides.
+func (c *checker) eachPart(fn func(refPart) error) error {
 	var pages []span
 	for _, n := range c.refs.pageNumbers() {
 		pages = append(pages, span{n, n + 1})
@@ -127,28 +165,28 @@ func (c *checker) compare() error {
 			if err := c.ctx.Err(); err != nil {
 				return err
 			}
-			c.comparePage(page)
+			if err := c.pageParts(page, fn); err != nil {
+				return err
+			}
 		}
 		return nil
 	})
 }
 
-// comparePage compares the clusters that share a page of counts, block by block.
-func (c *checker) comparePage(page uint64) {
+// pageParts calls fn for the clusters of a page, block by block.
+func (c *checker) pageParts(page uint64, fn func(refPart) error) error {
 	end := min((page+1)*pageClusters, c.clusters)
 	counted := c.refs.pages[page]
 	for lo := page * pageClusters; lo < end; {
 		num := c.l.RefTableIndex(format.ClusterIdx(lo))
 		hi := min(end, uint64(num+1)*uint64(c.l.RefcountsPerBlock()))
-		block, ok := c.stored.block(num)
-		switch {
-		case !ok:
-			c.unknownRefcounts(lo, hi)
-		case counted != nil || !c.allZero(block, lo, hi):
-			c.compareBlock(block, counted, lo, hi)
+		block, known := c.stored.block(num)
+		if err := fn(refPart{lo, hi, num, block, known, counted}); err != nil {
+			return err
 		}
 		lo = hi
 	}
+	return nil
 }
 
 // unknownRefcounts reports clusters whose refcounts cannot be found.
@@ -158,23 +196,29 @@ func (c *checker) unknownRefcounts(lo, hi uint64) {
 	}
 }
 
-// compareBlock compares clusters [lo, hi), which share a page of counts and a refcount block; either may be nil.
-func (c *checker) compareBlock(block []byte, counted *countPage, lo, hi uint64) {
-	for i := format.ClusterIdx(lo); i < format.ClusterIdx(hi); i++ {
-		var stored, found uint64
-		if block != nil {
-			stored = c.l.Refcount(block, c.l.RefBlockIndex(i))
-		}
-		if counted != nil {
-			found = c.refs.inPage(counted, i)
-		}
+// comparePart compares the clusters of a part.
+func (c *checker) comparePart(p refPart) {
+	for i := format.ClusterIdx(p.lo); i < format.ClusterIdx(p.hi); i++ {
+		stored, found := c.both(&p, i)
 		if stored > 0 || found > 0 {
 			c.rep.ImageEndOffset = int64(i+1) << c.l.ClusterBits // pages come in ascending order
 		}
 		if stored != found {
+			c.missingBlock = c.missingBlock || p.block == nil
 			c.differ(i, stored, found)
 		}
 	}
+}
+
+// both returns the stored refcount of a cluster of the part and the number of references found.
+func (c *checker) both(p *refPart, i format.ClusterIdx) (stored, found uint64) {
+	if p.block != nil {
+		stored = c.l.Refcount(p.block, c.l.RefBlockIndex(i))
+	}
+	if p.counted != nil {
+		found = c.refs.inPage(p.counted, i)
+	}
+	return stored, found
 }
 
 var zeroes [4096]byte
@@ -190,7 +234,11 @@ func (c *checker) allZero(block []byte, lo, hi uint64) bool {
 	if first%8 != 0 || last%8 != 0 {
 		return false
 	}
-	for b := block[first/8 : last/8]; len(b) > 0; {
+	return isZero(block[first/8 : last/8])
+}
+
+func isZero(b []byte) bool {
+	for len(b) > 0 {
 		n := min(len(b), len(zeroes))
 		if !bytes.Equal(b[:n], zeroes[:n]) {
 			return false

@@ -39,6 +39,8 @@ type Finding struct {
 	// Guest is the offset on the virtual disk that is concerned, if HasGuest.
 	Guest    format.GuestOff
 	HasGuest bool
+	// Repaired: the finding is not of the check but says what the repair does about one.
+	Repaired bool
 	// Message says what is wrong, in QEMU's words where QEMU has words for it.
 	Message string
 }
