@@ -327,12 +327,15 @@ func (h *Header) ValidateSnapshotPointer() error {
 	return h.validateTable("Snapshot table", h.SnapshotsOffset, uint64(h.SnapshotCount)*entry, MaxSnapshots*entry)
 }
 
+// maxFileSize is the length of the longest file that QEMU reads from.
+const maxFileSize = 1<<63 - 1<<30
+
 // validateTable checks a table's place and length. size does not overflow: it is a product of 32 and 21 bits at most.
 func (h *Header) validateTable(name string, off HostOff, size, limit uint64) error {
 	if size > limit {
 		return headerErrorf("%s too large", name)
 	}
-	if uint64(off) > math.MaxInt64-size || !h.Layout().Aligned(off) {
+	if uint64(off) > math.MaxInt64-size || !h.Layout().Aligned(off) || size > 0 && uint64(off) > maxFileSize-size {
 		return headerErrorf("%s offset invalid", name)
 	}
 	return nil

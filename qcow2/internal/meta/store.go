@@ -120,11 +120,30 @@ func (s *Store) openRefcounts(c Config) error {
 		{clustersOf(c.Layout, c.L1Off, c.L1Len*8), "active L1 table"},
 		{clustersOf(c.Layout, c.SnapshotsOff, c.SnapshotsSize), "snapshot table"},
 	}
+	if err := s.distinct(); err != nil {
+		return err
+	}
 	refs.guard = s.guardClusters
 	s.mark.lazy, s.mark.write = c.Lazy, c.WriteDirty
 	s.mark.on.Store(c.Dirty)
 	if c.Lazy {
 		refs.marked = s.mark.on.Load
+	}
+	return nil
+}
+
+// distinct refuses an image whose own structures lie on one another: changing one would change the other.
+func (s *Store) distinct() error {
+	table := *s.Refs.table.Load()
+	for i, f := range s.fixed {
+		if f.run.overlaps(table) {
+			return corrupt("the %s overlaps with the refcount table", f.what)
+		}
+		for _, g := range s.fixed[:i] {
+			if f.run.overlaps(g.run) {
+				return corrupt("the %s overlaps with the %s", f.what, g.what)
+			}
+		}
 	}
 	return nil
 }
