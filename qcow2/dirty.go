@@ -1,9 +1,12 @@
 package qcow2
 
 import (
+	"context"
 	"fmt"
 
+	"github.com/droverproject/drover/qcow2/internal/check"
 	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/storage"
 )
 
 // lazy reports whether refcounts may be written late.
@@ -40,4 +43,24 @@ func (im *Image) changeIncompat(set, clear uint64) error {
 	}
 	im.incompat = bits
 	return nil
+}
+
+// reopenRepaired repairs an image whose dirty bit is set and makes an Image of what its header says then. Only a repair
+// that verified its work clears the bit; where it could not, the image cannot be written.
+func reopenRepaired(ctx context.Context, file storage.File, o Options) (*Image, error) {
+	rep, err := check.Repair(ctx, file, check.RepairOptions{Mode: check.RepairAll})
+	if err != nil {
+		return nil, fmt.Errorf("repairing an image that was not closed cleanly: %w", err)
+	}
+	if o.OnRepair != nil {
+		o.OnRepair(rep)
+	}
+	hdr, err := readHeader(file)
+	if err != nil {
+		return nil, err
+	}
+	if hdr.Incompat&format.IncompatDirty != 0 {
+		return nil, &ReadOnlyError{[]string{"it was not closed cleanly, and what is wrong with it could not all be repaired"}}
+	}
+	return newImage(file, hdr, o), nil
 }

@@ -48,6 +48,8 @@ type Options struct {
 	// LazyRefcounts says whether refcounts may stay in memory until the image is closed, with the dirty bit set meanwhile; by
 	// default the header does. Version 3 only.
 	LazyRefcounts Switch
+	// OnRepair, if not nil, is told of the repair of an image that was not closed cleanly.
+	OnRepair func(*RepairReport)
 }
 
 // Switch is an option that has a default.
@@ -180,7 +182,8 @@ func (o *Options) runtime(byName map[string]string) error {
 
 // Open opens the image in file. On success the image owns the file, the backing device and the data file; on failure
 // they stay the caller's. An unknown incompatible feature is an *UnsupportedError; an image that this package reads but
-// does not write is a *ReadOnlyError unless opened with ReadOnly. The caller has locked the file.
+// does not write is a *ReadOnlyError unless opened with ReadOnly. An image that was not closed cleanly is repaired first
+// when it is opened for writing. The caller has locked the file.
 func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 	hdr, err := readHeader(file)
 	if err != nil {
@@ -189,6 +192,11 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 	im := newImage(file, hdr, o)
 	if err := im.refuse(o); err != nil {
 		return nil, err
+	}
+	if !o.ReadOnly && hdr.Incompat&format.IncompatDirty != 0 {
+		if im, err = reopenRepaired(ctx, file, o); err != nil {
+			return nil, err
+		}
 	}
 	if err := im.openMeta(o); err != nil {
 		return nil, err
@@ -287,7 +295,6 @@ func (im *Image) refuse(o Options) error {
 		why string
 	}{
 		{im.file.Stat().ReadOnly, "the file is read-only"},
-		{h.Incompat&format.IncompatDirty != 0, "it was not closed cleanly and its refcounts must be repaired first (qemu-img check -r all)"},
 		{h.Incompat&format.IncompatCorrupt != 0, "it is marked corrupt"},
 		{h.Incompat&format.IncompatDataFile != 0, "writing an external data file is not available in this version"},
 		{h.Bitmaps != nil, "it has dirty bitmaps, and maintaining them is not available in this version"},
