@@ -23,7 +23,7 @@ UNIT      = $$(go list ./... | grep -vE '/test/(interop|nbd|kill|crash|fault|rac
 # The packages with model tests: those whose tests link rapid, which alone know its flags.
 MODELS    = $$(go list -test -f '{{.ImportPath}} {{join .Deps " "}}' ./... | sed -n 's|^\([^ ]*\)\.test .*pgregory.net/rapid.*|\1|p')
 
-.PHONY: help build test test-long demo bench fuzz-long peers format vet staticcheck cross unit race race-long fuzz model \
+.PHONY: help build test test-long demo bench bench-commands fuzz-long peers format vet staticcheck cross unit race race-long fuzz model \
 	interop crash crash-long fault fio kill soak soak-short mutation mutation-ci clean
 
 help: ## this list
@@ -56,6 +56,10 @@ demo: peers build ## one file system through drover, judged by stock tools
 bench: peers build ## drover and its peers under the same load; writes out/bench.md and out/bench.json
 	mkdir -p out
 	go run ./test/bench -drover bin/drover -markdown out/bench.md -json out/bench.json $(BENCH_FLAGS)
+
+bench-commands: peers build ## drover and qemu-img run the same commands on the same images; writes out/commands.md
+	mkdir -p out
+	go run ./test/bench/commands -drover bin/drover -markdown out/commands.md $(BENCH_FLAGS)
 
 fuzz-long: ## every fuzz target for FUZZ_TIME (5m)
 	test/fuzz.sh $(FUZZ_TIME)

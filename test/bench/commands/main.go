@@ -1,0 +1,184 @@
+// Command commands measures what works on whole images: drover and qemu-img run the same command on copies of the same
+// image, in turn, round by round. It prints the median wall and processor time of each, and the ratio within each round
+// as median and range.
+//
+// The images are copied sparsely and synced before each run, so that both find the same page cache and nothing of the
+// copying is still on its way to the disk.
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "commands:", err)
+		os.Exit(1)
+	}
+}
+
+// scenario is one command on one kind of image.
+type scenario struct {
+	Name string
+	// Image names the maker of the image that the command works on.
+	Image string
+	// Args are the command's arguments; IMAGE stands for the image's name.
+	Args []string
+	// Code is the exit code that both must have.
+	Code int
+}
+
+func scenarios() []scenario {
+	return []scenario{
+		{"snapshot -c, 1M clusters", "big", []string{"snapshot", "-c", "new", "IMAGE"}, 0},
+		{"snapshot -a, 1M clusters", "big-snapshot", []string{"snapshot", "-a", "old", "IMAGE"}, 0},
+		{"snapshot -d, 1M clusters", "big-snapshot", []string{"snapshot", "-d", "old", "IMAGE"}, 0},
+		{"check, 1M clusters", "big", []string{"check", "IMAGE"}, 0},
+		{"check, 1M clusters, snapshot", "big-snapshot", []string{"check", "IMAGE"}, 0},
+		{"check -r leaks, 1M leaks", "big-leaks", []string{"check", "-q", "-r", "leaks", "IMAGE"}, 0},
+		{"check -r all, 1M counts of 0", "big-uncounted", []string{"check", "-q", "-r", "all", "IMAGE"}, 0},
+	}
+}
+
+type sample struct{ wall, cpu float64 }
+
+func run() error {
+	drover := flag.String("drover", "bin/drover", "the drover to measure")
+	only := flag.String("cases", ".", "regular expression of the cases to run")
+	rounds := flag.Int("rounds", 7, "rounds for each case")
+	out := flag.String("markdown", "", "write the table to this file too")
+	flag.Parse()
+	re, err := regexp.Compile(*only)
+	if err != nil {
+		return fmt.Errorf("-cases: %w", err)
+	}
+	tool, err := filepath.Abs(*drover)
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "drover-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	var b strings.Builder
+	fmt.Fprintf(&b, "%d rounds, alternating. Medians; ratios of drover to qemu-img within one round: median (lowest to highest).\n\n", *rounds)
+	fmt.Fprintln(&b, "| command | drover | qemu-img | ratio | drover CPU | qemu-img CPU | CPU ratio |")
+	fmt.Fprintln(&b, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+	for _, c := range scenarios() {
+		if !re.MatchString(c.Name) {
+			continue
+		}
+		row, err := measure(dir, tool, c, *rounds)
+		if err != nil {
+			return fmt.Errorf("%s: %w", c.Name, err)
+		}
+		fmt.Fprintln(os.Stderr, row)
+		fmt.Fprintln(&b, row)
+	}
+	fmt.Print("\n", b.String())
+	if *out != "" {
+		return os.WriteFile(*out, []byte(b.String()), 0o644)
+	}
+	return nil
+}
+
+// measure runs a scenario and returns its row of the table.
+func measure(dir, drover string, c scenario, rounds int) (string, error) {
+	master := filepath.Join(dir, c.Image+".qcow2")
+	if _, err := os.Stat(master); errors.Is(err, os.ErrNotExist) {
+		if err := makers[c.Image](master); err != nil {
+			return "", fmt.Errorf("making the image: %w", err)
+		}
+	}
+	tools := []string{drover, "qemu-img"}
+	var got [2][]sample
+	for round := range rounds {
+		for i := range tools {
+			k := (i + round) % len(tools) // who begins changes from round to round
+			s, err := once(dir, master, tools[k], c)
+			if err != nil {
+				return "", err
+			}
+			got[k] = append(got[k], s)
+		}
+	}
+	wall := func(s sample) float64 { return s.wall }
+	cpu := func(s sample) float64 { return s.cpu }
+	return fmt.Sprintf("| %s | %.3f s | %.3f s | %s | %.3f s | %.3f s | %s |", c.Name, median(got[0], wall), median(got[1], wall),
+		ratios(got, wall), median(got[0], cpu), median(got[1], cpu), ratios(got, cpu)), nil
+}
+
+// once runs the command on a fresh copy.
+func once(dir, master, tool string, c scenario) (sample, error) {
+	image := filepath.Join(dir, "work.qcow2")
+	defer os.Remove(image)
+	if err := command("cp", "--sparse=always", master, image); err != nil {
+		return sample{}, err
+	}
+	if err := command("sync", image); err != nil {
+		return sample{}, err
+	}
+	args := slices.Clone(c.Args)
+	for i := range args {
+		if args[i] == "IMAGE" {
+			args[i] = image
+		}
+	}
+	cmd := exec.Command(tool, args...)
+	began := time.Now()
+	out, err := cmd.CombinedOutput()
+	wall := time.Since(began)
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		return sample{}, err
+	}
+	if code := cmd.ProcessState.ExitCode(); code != c.Code {
+		return sample{}, fmt.Errorf("%s %s: exit code %d, want %d: %s", tool, strings.Join(args, " "), code, c.Code, out)
+	}
+	use := cmd.ProcessState.SysUsage().(*syscall.Rusage)
+	return sample{wall.Seconds(), seconds(use.Utime) + seconds(use.Stime)}, nil
+}
+
+func seconds(t syscall.Timeval) float64 { return float64(t.Sec) + float64(t.Usec)/1e6 }
+
+func median(s []sample, of func(sample) float64) float64 {
+	v := make([]float64, len(s))
+	for i := range s {
+		v[i] = of(s[i])
+	}
+	slices.Sort(v)
+	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
+}
+
+func ratios(got [2][]sample, of func(sample) float64) string {
+	v := make([]sample, len(got[0]))
+	low, high := 0.0, 0.0
+	for i := range v {
+		r := of(got[0][i]) / max(of(got[1][i]), 1e-6)
+		v[i].wall = r
+		if i == 0 || r < low {
+			low = r
+		}
+		high = max(high, r)
+	}
+	return fmt.Sprintf("%.2f (%.2f to %.2f)", median(v, func(s sample) float64 { return s.wall }), low, high)
+}
+
+func command(name string, args ...string) error {
+	out, err := exec.Command(name, args...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out)
+	}
+	return nil
+}
