@@ -29,6 +29,10 @@ var (
 	ErrNoSnapshot = errors.New("no such snapshot")
 	// ErrSnapshotInUse is returned when a snapshot that is open as a device is to be deleted.
 	ErrSnapshotInUse = errors.New("snapshot is in use")
+	// ErrNoSnapshots is wrapped when the image cannot have snapshots, because its data is in another file.
+	ErrNoSnapshots = errors.New("an image with an external data file has no internal snapshots")
+	// ErrBitmapsStand is wrapped when dirty bitmaps stand in the way, which would not know what changed.
+	ErrBitmapsStand = errors.New("the image has dirty bitmaps, which would not know what changed: remove them first")
 	// ErrRefcountOverflow is wrapped when a snapshot needs more references to a cluster than the refcount width counts.
 	ErrRefcountOverflow = meta.ErrRefcountOverflow
 )
@@ -108,7 +112,7 @@ func (im *Image) CreateSnapshot(ctx context.Context, name string) (Snapshot, err
 func (im *Image) changeSnapshots(ctx context.Context, fn func([]format.Snapshot) error) error {
 	return im.exclusive(ctx, func() error {
 		if im.lay.DataFile {
-			return errors.New("an image with an external data file has no internal snapshots")
+			return ErrNoSnapshots
 		}
 		list, _, err := readSnapshots(im.file, im.hdr)
 		if err != nil {
@@ -391,7 +395,7 @@ func (im *Image) ApplySnapshot(ctx context.Context, idOrName string) error {
 			return err
 		}
 		if im.hdr.Bitmaps != nil {
-			return errors.New("the image has dirty bitmaps, which would not know what changed: remove them first")
+			return ErrBitmapsStand
 		}
 		return im.applySnapshot(ctx, &list[i])
 	})

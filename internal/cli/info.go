@@ -352,17 +352,20 @@ func (a *app) printInfo(info *imageInfo) {
 }
 
 func (a *app) printSnapshots(list []jsonSnapshot) {
-	const row = "%-9s %-16s %8s%20s%13s%11s\n"
-	a.printf(row, "ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
+	const row = "%s %s %8s%20s%13s%11s\n"
+	a.printf(row, pad("ID", 9), pad("TAG", 16), "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
 	for _, s := range list {
 		icount := ""
 		if s.ICount != nil {
 			icount = fmt.Sprint(*s.ICount)
 		}
 		clock := fmt.Sprintf("%02d:%02d:%02d.%03d", s.VMClockSec/3600, s.VMClockSec/60%60, s.VMClockSec%60, s.VMClockNsec/1e6)
-		a.printf(row, s.ID, s.Name, humanSize(s.VMStateSize), time.Unix(s.DateSec, 0).Format(time.DateTime), clock, icount)
+		a.printf(row, pad(s.ID, 9), pad(s.Name, 16), humanSize(s.VMStateSize), time.Unix(s.DateSec, 0).Format(time.DateTime), clock, icount)
 	}
 }
+
+// pad fills a column of n bytes, which is how C counts.
+func pad(s string, n int) string { return s + strings.Repeat(" ", max(n-len(s), 0)) }
 
 func (a *app) printQCOW2(d *qcow2Data) {
 	field := func(name string, value any) { a.printf("    %s: %v\n", name, value) }

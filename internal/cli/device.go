@@ -1,0 +1,34 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/droverproject/drover/block"
+)
+
+// guessedRaw warns of an image that is about to be written as raw only because nothing else is known of it.
+const guessedRaw = `WARNING: Image format was not specified for '%s' and probing guessed raw.
+         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.
+         Specify the 'raw' format explicitly to remove the restrictions.
+`
+
+// openDevice opens the disk inside an image, with the images below it.
+func (a *app) openDevice(ctx context.Context, src *source, readOnly bool) (block.Device, error) {
+	if err := src.checkFormat(); err != nil {
+		return nil, err
+	}
+	if src.forceShare && !readOnly {
+		return nil, errorf("Could not open '%s': force-share=on can only be used with read-only images", src.name)
+	}
+	o := src.openOptions()
+	o.ReadOnly = readOnly
+	dev, err := block.Open(ctx, src.name, o)
+	if err != nil {
+		return nil, openError(src.name, err)
+	}
+	if !readOnly && src.format == "" && dev.Info().Format == block.FormatRaw {
+		fmt.Fprintf(a.err, guessedRaw, src.name)
+	}
+	return dev, nil
+}
