@@ -38,6 +38,8 @@ type Options struct {
 	// CacheCleanInterval is how often cached L2 tables are dropped that nobody used in the meantime; 0 means the default,
 	// a negative value never.
 	CacheCleanInterval time.Duration
+	// Overlap says which structures are protected from being written over; nil means all.
+	Overlap *Structures
 	// PassDiscardRequest, PassDiscardSnapshot and PassDiscardOther say whether the host gets the space of clusters back
 	// that became free because the guest discarded them, because a snapshot was deleted, or for other reasons. By default
 	// the first two are on and the last is off.
@@ -331,13 +333,14 @@ func (im *Image) metaConfig(o Options) (meta.Config, error) {
 		PassDiscard:  o.passDiscard(),
 		Lazy:         im.lazy(), Dirty: h.Incompat&format.IncompatDirty != 0, WriteDirty: im.writeDirty,
 	}
-	if !im.readOnly && h.SnapshotCount > 0 {
-		_, n, err := readSnapshots(im.file, h)
-		if err != nil {
-			return c, err
-		}
-		c.SnapshotsSize = n
+	if im.readOnly {
+		return c, nil
 	}
+	snapshots, n, err := readSnapshots(im.file, h)
+	if err != nil {
+		return c, err
+	}
+	im.places(&c, o, snapshots, n)
 	return c, nil
 }
 

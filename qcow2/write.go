@@ -82,6 +82,9 @@ func (im *Image) TryWriteAt(p []byte, off int64) error {
 	if err := im.checkWrite(off, int64(len(p))); err != nil {
 		return err
 	}
+	if !im.meta.GuardReady() {
+		return block.ErrWouldBlock
+	}
 	run, in, err := im.lookup(off, int64(len(p)), false)
 	if err != nil {
 		return wouldBlock(err)

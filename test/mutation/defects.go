@@ -26,6 +26,7 @@ const (
 	dirty     = "qcow2/internal/meta/dirty.go"
 	tree      = "qcow2/internal/meta/tree.go"
 	snapshot  = "qcow2/snapshot.go"
+	overlap   = "qcow2/internal/meta/overlap.go"
 	writelog  = "qcow2/internal/meta/writelog.go"
 	writer    = "qcow2/write.go"
 	hostio    = "qcow2/hostio.go"
@@ -130,15 +131,31 @@ var Defects = []Defect{
 	{"block-does-not-count-itself", "a new refcount block lies in a free cluster", refcount,
 		"	rc.countOwn(ClusterRun{at, 1})\n", ""},
 	{"old-table-kept", "the clusters of a refcount table that moved are never freed", refcount,
-		"	rc.retired = append(rc.retired, Retired{ClusterRun: old, Cause: CauseOther})\n", "	_ = old\n"},
+		"	rc.retired = append(rc.retired, Retired{ClusterRun: old, Cause: CauseOther, Kind: RefcountTable})\n", "	_ = old\n"},
 	{"recycled-counts-as-virgin", "old bytes of a recycled cluster show through", refcount,
 		"	rc.virgin = max(rc.virgin, c+1)\n", ""},
 	{"moved-table-not-named", "the header goes on naming the refcount table that was left", refflush,
 		"	if f.table != nil {\n		b := format.EncodeRefTablePointer", "	if f.table != nil && rc == nil {\n		b := format.EncodeRefTablePointer"},
 	{"new-blocks-not-named", "the refcount table never gets the entries of new blocks", refflush,
 		"	for _, i := range f.newBlocks {\n		at :=", "	for _, i := range f.newBlocks[len(f.newBlocks):] {\n		at :="},
-	{"guard-asleep", "guest data may be written over the header and the tables", store,
-		"		if r.overlaps(s.fixed[i].run) {", "		if r.overlaps(s.fixed[i].run) && r.N < 0 {"},
+	{"guard-asleep", "guest data may be written over the header and the tables", overlap,
+		"	for ; i < len(segs) && segs[i].First < r.End(); i++ {", "	for ; i < len(segs) && segs[i].First < r.End() && r.N < 0; i++ {"},
+	{"tables-not-looked-for", "the L2 tables of an image that is opened are not protected", overlap,
+		"	if p.on&ActiveL2 != 0 {\n		if err := s.scanL1", "	if p.on&ActiveL2 == 0 {\n		if err := s.scanL1"},
+	{"new-l2-table-unwatched", "a new L2 table is not protected", mapping,
+		"	m.claim(ActiveL2, ClusterRun{m.lay.Cluster(t.host), 1})\n", ""},
+	{"new-block-unwatched", "a new refcount block is not protected", refcount,
+		"	rc.claim(RefcountBlock, ClusterRun{rc.lay.Cluster(host), 1})\n", ""},
+	{"l2-table-anywhere", "an L2 table that lies on another structure is changed", mapping,
+		"		if err := m.guard(ClusterRun{m.lay.Cluster(t.host), 1}, ActiveL2); err != nil {\n			return Edit{}, err\n		}\n", ""},
+	{"block-anywhere", "a refcount block that lies on another structure is changed", refcount,
+		"	if err := rc.guard(ClusterRun{rc.lay.Cluster(rc.hosts[b]), 1}, RefcountBlock); err != nil {\n		return err\n	}\n", ""},
+	{"metadata-freed", "a guest's discard frees the image's own structures", overlap,
+		"	if found := s.places.at(r, 0); found != 0 {\n		s.places.add", "	if found := s.places.at(r, 0); found != 0 && r.N < 0 {\n		s.places.add"},
+	{"freed-table-watched", "the place of a table that moved is never used again", overlap,
+		"		s.places.remove(was, r)\n	}\n	switch", "		_ = was\n	}\n	switch"},
+	{"table-outgrown", "structures are forgotten when the table of their places grows", overlap,
+		"			s.lanes.Store(lanes)\n			s.group", "			s.lanes.Store(lanes << laneBits)\n			s.group"},
 
 	// The mapping.
 	{"forget-copied", "an entry of a cluster with one owner does not say so", writer,
@@ -148,7 +165,7 @@ var Defects = []Defect{
 	{"share-l2-tables", "an L2 table shared with a snapshot is changed in place", mapping,
 		"	if e.Offset() != 0 && e.Copied() {\n		return m.tableLocked", "	if e.Offset() != 0 {\n		return m.tableLocked"},
 	{"old-l2-table-kept", "a shared L2 table keeps a reference after the copy", mapping,
-		"		m.rc.Retire(Retired{ClusterRun: ClusterRun{m.lay.Cluster(e.Offset()), 1}, Cause: CauseOther})\n", "		_ = e\n"},
+		"		m.rc.Retire(Retired{ClusterRun: ClusterRun{m.lay.Cluster(e.Offset()), 1}, Cause: CauseOther, Kind: ActiveL2})\n", "		_ = e\n"},
 	{"drop-a-waiter", "two requests map one guest cluster at the same time", ranges,
 		"	for _, c := range wait {\n", "	for _, c := range wait[len(wait):] {\n"},
 	{"edit-evicted-slice", "an entry is changed in a slice that is no longer the cached one", mapping,

@@ -30,6 +30,13 @@ func (s *Store) Exclusive(ctx context.Context, fn func() error) error {
 			return err
 		}
 	}
+	if s.places != nil {
+		if err := s.findTables(); err != nil {
+			return err
+		}
+	}
+	s.alone = true
+	defer func() { s.alone = false }()
 	return fn()
 }
 

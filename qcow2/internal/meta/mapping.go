@@ -35,6 +35,11 @@ type Mapping struct {
 	rc   *Refcounts // nil when the image is read-only
 	// wrote notes a write that the next flush must make durable.
 	wrote func(off, n int64)
+	// guard refuses clusters that hold other structures than those in but; claim notes a new one. findTables completes what
+	// guard knows before the first change.
+	guard      func(r ClusterRun, but Structure) error
+	claim      func(kind Structure, r ClusterRun)
+	findTables func() error
 
 	l1Off     format.HostOff
 	l1Len     int64
@@ -364,6 +369,9 @@ type Edit struct {
 // Prepare makes the mapping of guest cluster c changeable: it creates the L2 table or copies a shared one. The caller
 // holds a Range over what it will change and calls Done. It changes nothing that a reader can see.
 func (m *Mapping) Prepare(c GuestCluster) (Edit, error) {
+	if err := m.findTables(); err != nil {
+		return Edit{}, err
+	}
 	l1 := int64(c >> m.l2Bits)
 	if l1 >= m.l1Len {
 		return Edit{}, corrupt("guest cluster %d is outside the L1 table", c)
@@ -376,6 +384,9 @@ func (m *Mapping) Prepare(c GuestCluster) (Edit, error) {
 	for {
 		t, err := m.ownTable(chunk, l1)
 		if err != nil {
+			return Edit{}, err
+		}
+		if err := m.guard(ClusterRun{m.lay.Cluster(t.host), 1}, ActiveL2); err != nil {
 			return Edit{}, err
 		}
 		s := t.slices[idx/m.perSlice].Load()
@@ -416,6 +427,9 @@ func (m *Mapping) ownTable(chunk *l1Chunk, l1 int64) (*table, error) {
 	if e.Offset() != 0 && e.Copied() {
 		return m.tableLocked(chunk, l1)
 	}
+	if err := m.guard(clustersOf(m.lay, m.l1Off+format.HostOff(l1*8), 8), ActiveL1); err != nil {
+		return nil, err
+	}
 	run, virgin, err := m.rc.Alloc(1)
 	if err != nil {
 		return nil, fmt.Errorf("allocating L2 table: %w", err)
@@ -426,7 +440,7 @@ func (m *Mapping) ownTable(chunk *l1Chunk, l1 int64) (*table, error) {
 	}
 	m.install(chunk, l1, t)
 	if e.Offset() != 0 {
-		m.rc.Retire(Retired{ClusterRun: ClusterRun{m.lay.Cluster(e.Offset()), 1}, Cause: CauseOther})
+		m.rc.Retire(Retired{ClusterRun: ClusterRun{m.lay.Cluster(e.Offset()), 1}, Cause: CauseOther, Kind: ActiveL2})
 	}
 	return t, nil
 }
@@ -481,6 +495,7 @@ func (m *Mapping) install(chunk *l1Chunk, l1 int64, t *table) {
 	chunk.entries[k].Store(uint64(format.MakeL1(t.host, true)))
 	m.markL1(l1/l1ChunkEntries, chunk, k, k+1)
 	m.newTables = append(m.newTables, t)
+	m.claim(ActiveL2, ClusterRun{m.lay.Cluster(t.host), 1})
 }
 
 // markL1 marks entries [lo, hi) of a chunk as differing from the disk; l1mu is held.

@@ -20,7 +20,7 @@ func newTestStore(t *testing.T, l1Len int64) (*Store, *storage.MemFile) {
 		t.Fatal(err)
 	}
 	s, err := Open(Config{File: f, Layout: lay, L1Off: lay.Offset(3), L1Len: l1Len, RefTableOff: lay.Offset(1), RefTableLen: 1,
-		Writable: true, CacheBytes: 1, OnFree: func(ClusterRun) {}})
+		Writable: true, CacheBytes: 1, OnFree: func(ClusterRun) {}, Overlap: OverlapAll})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"math/bits"
 	"sync"
-	"sync/atomic"
 
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/storage"
@@ -51,10 +50,10 @@ type Refcounts struct {
 	// virgin: no free cluster at or behind this one has ever held a byte, so it reads as zeroes. It starts at the end
 	// of the file and moves behind every cluster that is freed.
 	virgin format.ClusterIdx
-	// guard refuses the places that must never be handed out, whatever the refcounts claim.
-	guard func(ClusterRun) error
-	// table is where the refcount table lies, for readers without mu.
-	table atomic.Pointer[ClusterRun]
+	// guard refuses places that hold other structures than those in but: they must never be handed out, whatever the refcounts
+	// claim, and no block may lie there. claim notes a new structure.
+	guard func(r ClusterRun, but Structure) error
+	claim func(kind Structure, r ClusterRun)
 
 	topUsed format.ClusterIdx // one past the highest cluster handed out
 
@@ -84,13 +83,16 @@ type ClusterRun struct {
 type Retired struct {
 	ClusterRun
 	Cause Cause
+	// Kind is the structure that the clusters have been until they are free, if any: nothing is written there till then.
+	Kind Structure
 }
 
 // End returns the index after the run.
 func (r ClusterRun) End() format.ClusterIdx { return r.First + format.ClusterIdx(r.N) }
 
 func newRefcounts(file storage.File, lay format.Layout, tableOff format.HostOff, tableClusters int64) (*Refcounts, error) {
-	rc := &Refcounts{file: file, lay: lay, tableOff: tableOff, tableClusters: tableClusters, known: make(map[int]*refBlock)}
+	rc := &Refcounts{file: file, lay: lay, tableOff: tableOff, tableClusters: tableClusters, known: make(map[int]*refBlock),
+		guard: func(ClusterRun, Structure) error { return nil }, claim: func(Structure, ClusterRun) {}}
 	raw := make([]byte, tableClusters*lay.ClusterSize())
 	if err := storage.ReadFull(file, raw, int64(tableOff)); err != nil {
 		return nil, fmt.Errorf("reading refcount table at host offset %#x: %w", tableOff, err)
@@ -103,7 +105,6 @@ func newRefcounts(file storage.File, lay format.Layout, tableOff format.HostOff,
 		}
 		rc.hosts[i] = e.Offset()
 	}
-	rc.table.Store(&ClusterRun{lay.Cluster(tableOff), tableClusters})
 	size, err := file.Size()
 	if err != nil {
 		return nil, fmt.Errorf("size of image file: %w", err)
@@ -148,6 +149,9 @@ func (rc *Refcounts) load(b int) error {
 	blk.used = true
 	if blk.data != nil {
 		return nil
+	}
+	if err := rc.guard(ClusterRun{rc.lay.Cluster(rc.hosts[b]), 1}, RefcountBlock); err != nil {
+		return err
 	}
 	data := make([]byte, rc.lay.ClusterSize())
 	if err := storage.ReadFull(rc.file, data, int64(rc.hosts[b])); err != nil {
@@ -269,7 +273,10 @@ func (rc *Refcounts) Alloc(n int64) (run ClusterRun, virgin bool, err error) {
 	if err != nil {
 		return ClusterRun{}, false, err
 	}
-	if err := rc.guard(run); err != nil {
+	if run.First == 0 {
+		return ClusterRun{}, false, rc.headerIsFree()
+	}
+	if err := rc.guard(run, 0); err != nil {
 		return ClusterRun{}, false, err
 	}
 	for b, _ := rc.split(run.First); format.ClusterIdx(b)*rc.perBlock() < run.End(); b++ {
@@ -279,6 +286,14 @@ func (rc *Refcounts) Alloc(n int64) (run ClusterRun, virgin bool, err error) {
 	}
 	rc.mark(run)
 	return run, run.First >= rc.virgin, nil
+}
+
+// headerIsFree is the error of a refcount of 0 for the header's cluster: an offset of 0 means that there is no cluster.
+func (rc *Refcounts) headerIsFree() error {
+	if err := rc.guard(ClusterRun{0, 1}, 0); err != nil {
+		return err
+	}
+	return corrupt("Preventing invalid allocation of a cluster at offset 0")
 }
 
 // mark counts every cluster of a free run whose blocks are loaded.
@@ -391,7 +406,10 @@ func (rc *Refcounts) addBlock(b int) error {
 		return rc.growTable(b)
 	}
 	at := format.ClusterIdx(b) * rc.perBlock()
-	if err := rc.guard(ClusterRun{at, 1}); err != nil {
+	if err := rc.guard(ClusterRun{at, 1}, 0); err != nil {
+		return err
+	}
+	if err := rc.guard(clustersOf(rc.lay, rc.tableOff+format.HostOff(b*8), 8), RefcountTable); err != nil {
 		return err
 	}
 	rc.installBlock(b, rc.lay.Offset(at))
@@ -411,6 +429,7 @@ func (rc *Refcounts) installBlock(b int, host format.HostOff) {
 		free[len(free)-1] = 1<<(n%64) - 1
 	}
 	rc.hosts[b] = host
+	rc.claim(RefcountBlock, ClusterRun{rc.lay.Cluster(host), 1})
 	rc.known[b] = &refBlock{data: make([]byte, size), free: free, isNew: true, dirtyHi: size, used: true}
 	rc.resident = append(rc.resident, b)
 	rc.dirty = append(rc.dirty, b)
@@ -457,7 +476,7 @@ func (rc *Refcounts) growTable(b int) error {
 	if whole.End() > rc.maxClusters() {
 		return fmt.Errorf("growing refcount table: %w", ErrImageFull)
 	}
-	if err := rc.guard(whole); err != nil {
+	if err := rc.guard(whole, 0); err != nil {
 		return err
 	}
 
@@ -472,8 +491,8 @@ func (rc *Refcounts) growTable(b int) error {
 	rc.tableOff = rc.lay.Offset(at + format.ClusterIdx(ownBlocks))
 	rc.tableClusters = tableClusters
 	rc.tableMoved = true
-	rc.table.Store(&ClusterRun{rc.lay.Cluster(rc.tableOff), tableClusters})
-	rc.retired = append(rc.retired, Retired{ClusterRun: old, Cause: CauseOther})
+	rc.claim(RefcountTable, ClusterRun{rc.lay.Cluster(rc.tableOff), tableClusters})
+	rc.retired = append(rc.retired, Retired{ClusterRun: old, Cause: CauseOther, Kind: RefcountTable})
 	return nil
 }
 
@@ -509,7 +528,7 @@ func (rc *Refcounts) Release(run ClusterRun) error {
 func (rc *Refcounts) Retire(r Retired) {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
-	if n := len(rc.retired); n > 0 && rc.retired[n-1].End() == r.First && rc.retired[n-1].Cause == r.Cause {
+	if n := len(rc.retired); n > 0 && rc.retired[n-1].End() == r.First && rc.retired[n-1].Cause == r.Cause && rc.retired[n-1].Kind == r.Kind {
 		rc.retired[n-1].N += r.N
 		return
 	}

@@ -36,7 +36,7 @@ func newTestRefcounts(t *testing.T, lay format.Layout) (*Refcounts, *storage.Mem
 	if err != nil {
 		t.Fatal(err)
 	}
-	rc.guard = func(r ClusterRun) error {
+	rc.guard = func(r ClusterRun, _ Structure) error {
 		if r.First == 0 {
 			return corrupt("cluster 0")
 		}

@@ -49,8 +49,12 @@ type Store struct {
 	Ranges Ranges
 	Epochs *Epochs
 
-	file  storage.File
-	fixed []fixedRun
+	file storage.File
+	// places knows what must not be written over; nil when the image is read-only.
+	places     *places
+	l1         TableAt
+	inactiveL1 []TableAt
+	alone      bool // Exclusive runs; under gate
 	// onFree is told of clusters that are about to become free, when no request can be using them any more.
 	onFree func(ClusterRun)
 	pass   PassDiscard
@@ -86,6 +90,10 @@ type Config struct {
 	RefTableLen   int64 // clusters
 	SnapshotsOff  format.HostOff
 	SnapshotsSize int64
+	InactiveL1    []TableAt // the L1 tables of snapshots
+	BitmapsOff    format.HostOff
+	BitmapsSize   int64
+	Overlap       Structure // what is watched, see Store.Guard
 	Writable      bool
 	CacheBytes    int64 // bound of the L2 cache
 	OnFree        func(ClusterRun)
@@ -115,69 +123,16 @@ func (s *Store) openRefcounts(c Config) error {
 		return err
 	}
 	s.Refs, s.Map.rc, s.Map.wrote = refs, refs, s.Wrote
-	s.fixed = []fixedRun{
-		{ClusterRun{0, 1}, "header"},
-		{clustersOf(c.Layout, c.L1Off, c.L1Len*8), "active L1 table"},
-		{clustersOf(c.Layout, c.SnapshotsOff, c.SnapshotsSize), "snapshot table"},
-	}
-	if err := s.distinct(); err != nil {
+	if err := distinct(c); err != nil {
 		return err
 	}
-	refs.guard = s.guardClusters
+	s.openPlaces(c, refs)
 	s.mark.lazy, s.mark.write = c.Lazy, c.WriteDirty
 	s.mark.on.Store(c.Dirty)
 	if c.Lazy {
 		refs.marked = s.mark.on.Load
 	}
 	return nil
-}
-
-// distinct refuses an image whose own structures lie on one another: changing one would change the other.
-func (s *Store) distinct() error {
-	table := *s.Refs.table.Load()
-	for i, f := range s.fixed {
-		if f.run.overlaps(table) {
-			return corrupt("the %s overlaps with the refcount table", f.what)
-		}
-		for _, g := range s.fixed[:i] {
-			if f.run.overlaps(g.run) {
-				return corrupt("the %s overlaps with the %s", f.what, g.what)
-			}
-		}
-	}
-	return nil
-}
-
-// fixedRun is a place that guest data must never be written to.
-type fixedRun struct {
-	run  ClusterRun
-	what string
-}
-
-// Guard refuses to have guest data written at a host range that belongs to the image's own structures. A sound image
-// never asks for it; one that does is corrupt, and the write would make it worse.
-func (s *Store) Guard(off format.HostOff, n int64) error {
-	first := s.Layout.Cluster(off)
-	last := s.Layout.Cluster(off + format.HostOff(max(n, 1)) - 1)
-	return s.guardClusters(ClusterRun{first, int64(last-first) + 1})
-}
-
-func (s *Store) guardClusters(r ClusterRun) error {
-	for i := range s.fixed {
-		if r.overlaps(s.fixed[i].run) {
-			return corrupt("preventing invalid write on metadata (overlaps with %s)", s.fixed[i].what)
-		}
-	}
-	if r.overlaps(*s.Refs.table.Load()) {
-		return corrupt("preventing invalid write on metadata (overlaps with refcount table)")
-	}
-	return nil
-}
-
-func (r ClusterRun) overlaps(o ClusterRun) bool { return r.First < o.End() && o.First < r.End() }
-
-func clustersOf(lay format.Layout, off format.HostOff, n int64) ClusterRun {
-	return ClusterRun{lay.Cluster(off), lay.ClustersFor(n)}
 }
 
 // Wrote notes that [off, off+n) of the file was written, or may have been, which the next flush must make durable. It is
@@ -545,6 +500,9 @@ func (s *Store) free(r Retired) (rest Retired, err error) {
 			return r, err
 		}
 		run := ClusterRun{r.First, n}
+		if err := s.leave(run, r.Kind, last); err != nil {
+			return r, err
+		}
 		if last {
 			s.onFree(run)
 			if s.pass.Passes(r.Cause) {
@@ -553,6 +511,7 @@ func (s *Store) free(r Retired) (rest Retired, err error) {
 			}
 		}
 		if err := s.Refs.Apply(run); err != nil {
+			s.places.add(r.Kind, run)
 			return r, err
 		}
 		r.First, r.N = run.End(), r.N-n
