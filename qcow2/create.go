@@ -7,7 +7,6 @@ import (
 	"math/bits"
 
 	"github.com/droverproject/drover/qcow2/internal/format"
-	"github.com/droverproject/drover/qcow2/internal/meta"
 	"github.com/droverproject/drover/storage"
 )
 
@@ -121,7 +120,7 @@ func newHeader(o CreateOptions) (*format.Header, error) {
 		return nil, invalid("backing file name is longer than %d bytes", format.MaxBackingName)
 	case len(o.BackingFormat) > format.MaxBackingFormat:
 		return nil, invalid("backing format name is longer than %d bytes", format.MaxBackingFormat)
-	case o.BackingFile != "" && o.Preallocation != PreallocOff:
+	case o.BackingFile != "" && o.Preallocation != PreallocOff && !o.ExtendedL2:
 		return nil, invalid("backing file and preallocation can only be used at the same time if extended_l2 is enabled")
 	}
 	if err := errors.Join(v3only(refBits != 16, "a refcount width other than 16 bits"), v3only(o.LazyRefcounts, "lazy refcounts"),
@@ -243,59 +242,4 @@ func preallocate(ctx context.Context, file storage.File, o CreateOptions) error 
 		return fmt.Errorf("preallocating: %w", err)
 	}
 	return nil
-}
-
-// mapAll gives every guest cluster a host cluster that reads as zeroes.
-func (im *Image) mapAll(ctx context.Context, mode Preallocation) error {
-	end := meta.GuestCluster((im.Size() + im.lay.ClusterSize() - 1) >> im.lay.ClusterBits)
-	for c := meta.GuestCluster(0); c < end; {
-		if err := im.meta.Pressure(ctx); err != nil {
-			return err
-		}
-		n, err := im.mapRun(c, int64(end-c), mode)
-		if err != nil {
-			return err
-		}
-		c += meta.GuestCluster(n)
-	}
-	return nil
-}
-
-func (im *Image) mapRun(c meta.GuestCluster, n int64, mode Preallocation) (int64, error) {
-	edit, err := im.meta.Map.Prepare(c)
-	if err != nil {
-		return 0, err
-	}
-	defer edit.Done()
-	run, _, err := im.meta.Refs.Alloc(min(n, edit.N))
-	if err != nil {
-		return 0, err
-	}
-	host, length := im.lay.Offset(run.First), run.N<<im.lay.ClusterBits
-	if err := im.reserve(int64(host), length, mode); err != nil {
-		return 0, errors.Join(err, im.meta.Refs.Release(run))
-	}
-	edit.Put(0, run.N, func(k int64, _ meta.Entry) meta.Entry {
-		return im.dataEntry(host + format.HostOff(k<<im.lay.ClusterBits))
-	})
-	im.meta.Wrote(int64(host), 1)
-	return run.N, nil
-}
-
-// reserve makes the host ready for length bytes of zeroes at host.
-func (im *Image) reserve(host, length int64, mode Preallocation) error {
-	switch mode {
-	case PreallocFull:
-		return zeroDevice(im.file, host, length)
-	case PreallocFalloc:
-		if err := im.file.Preallocate(host, length); err != nil {
-			return fmt.Errorf("reserving %d bytes at host offset %#x: %w", length, host, err)
-		}
-		return nil
-	}
-	size, err := im.file.Size()
-	if err != nil || size >= host+length || im.file.Stat().Device {
-		return err
-	}
-	return im.file.Truncate(host + length)
 }

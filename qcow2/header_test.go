@@ -187,8 +187,9 @@ func checkClean(t testing.TB, f *storage.MemFile) {
 	if err := os.WriteFile(path, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	opts := "driver=qcow2,backing=,file.driver=file,file.filename=" + path
-	if out, err := exec.Command("qemu-img", "check", "--image-opts", opts).CombinedOutput(); err != nil {
+	cmd := exec.Command("qemu-img", "check", "--image-opts", "driver=qcow2,backing=,file.driver=file,file.filename=image.qcow2")
+	cmd.Dir = filepath.Dir(path)
+	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("qemu-img check: %v\n%s", err, out)
 	}
 }

@@ -177,7 +177,7 @@ func (h *harness) step() {
 	case op < 97:
 		h.checkExtents(off, n)
 	case op < 98:
-		h.snapshotStep()
+		h.wholeStep()
 	default:
 		h.reopen()
 	}

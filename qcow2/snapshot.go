@@ -230,7 +230,7 @@ func (im *Image) placeNew(undo *undoList, b []byte) (format.HostOff, error) {
 	if len(b) == 0 {
 		return 0, nil
 	}
-	run, err := im.allocRun(im.lay.ClustersFor(int64(len(b))))
+	run, err := im.meta.Refs.AllocRow(im.lay.ClustersFor(int64(len(b))))
 	if err != nil {
 		return 0, err
 	}
@@ -239,23 +239,6 @@ func (im *Image) placeNew(undo *undoList, b []byte) (format.HostOff, error) {
 	whole := make([]byte, run.N<<im.lay.ClusterBits)
 	copy(whole, b)
 	return at, im.meta.WriteNow(whole, at)
-}
-
-// allocRun allocates n clusters in a row. What the allocator offers may be shorter where refcount structures lie between.
-func (im *Image) allocRun(n int64) (meta.ClusterRun, error) {
-	var short []meta.ClusterRun
-	var err error
-	var run meta.ClusterRun
-	for {
-		if run, _, err = im.meta.Refs.Alloc(n); err != nil || run.N == n {
-			break
-		}
-		short = append(short, run)
-	}
-	for _, r := range short {
-		err = errors.Join(err, im.meta.Refs.Release(r))
-	}
-	return run, err
 }
 
 // placeSnapshots writes a snapshot table to new clusters.

@@ -1,0 +1,64 @@
+package qcow2_test
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/droverproject/drover/qcow2"
+)
+
+// wholeStep makes one of the changes that concern the whole image.
+func (h *harness) wholeStep() {
+	h.t.Helper()
+	switch h.r.IntN(4) {
+	case 0, 1:
+		h.resizeStep()
+	case 2:
+		h.backingStep()
+	default:
+		h.snapshotStep()
+	}
+}
+
+func (h *harness) resizeStep() {
+	h.t.Helper()
+	size := h.r.Int64N(10<<20) &^ 511
+	if h.v.create.Version == 2 && len(h.snaps) > 0 {
+		return
+	}
+	o := qcow2.ResizeOptions{Shrink: true}
+	if old := int64(len(h.model)); h.r.IntN(2) == 0 {
+		size = min(size, old+3*h.v.create.ClusterSize)
+	}
+	if size > int64(len(h.model)) {
+		o.Preallocation = qcow2.Preallocation(max(0, h.r.IntN(10)-6))
+	}
+	h.must(fmt.Sprintf("resize to %d (%d)", size, o.Preallocation), h.im.Resize(context.Background(), size, o))
+	model := make([]byte, size)
+	copy(model, h.model)
+	h.model = model
+	if h.im.Size() != size {
+		h.t.Fatalf("%v: size %d after resizing to %d", h.v, h.im.Size(), size)
+	}
+}
+
+// backingStep writes the name of the backing file anew, by ways that lead to the same file.
+func (h *harness) backingStep() {
+	h.t.Helper()
+	if h.base == nil {
+		return
+	}
+	name := "base.raw"
+	for range h.r.IntN(4) * h.r.IntN(20) {
+		name = "./" + name
+	}
+	if h.v.create.ClusterSize < 1024 && len(name) > 100 {
+		return
+	}
+	h.must("change backing", h.im.ChangeBacking(context.Background(), name, "raw"))
+	info, err := qcow2.ReadInfo(context.Background(), h.file)
+	h.must("info", err)
+	if info.BackingFile != name || info.BackingFormat != "raw" {
+		h.t.Fatalf("%v: backing file %q, want %q", h.v, info.BackingFile, name)
+	}
+}

@@ -1,0 +1,99 @@
+package qcow2
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/qcow2/internal/meta"
+	"github.com/droverproject/drover/storage"
+)
+
+// mapAll gives every guest cluster a host cluster: of zeroes, or, where there is a backing file, one that waits for data
+// while the backing file shows through. Only subclusters can say that.
+func (im *Image) mapAll(ctx context.Context, mode Preallocation) error {
+	end := im.cluster(roundUp(im.Size(), im.lay.ClusterSize()))
+	p := preallocation{im: im, mode: mode, relieve: func() error { return im.meta.Pressure(ctx) }, through: im.hdr.BackingFile != ""}
+	return p.mapRange(ctx, 0, end)
+}
+
+// preallocation maps guest clusters that nothing is mapped for.
+type preallocation struct {
+	im   *Image
+	mode Preallocation
+	// relieve makes room in the metadata cache.
+	relieve func() error
+	through bool // what lies below stays visible
+}
+
+func (p preallocation) mapRange(ctx context.Context, first, end meta.GuestCluster) error {
+	for c := first; c < end; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := p.relieve(); err != nil {
+			return err
+		}
+		n, err := p.mapRun(c, int64(end-c))
+		if err != nil {
+			return err
+		}
+		c += meta.GuestCluster(n)
+	}
+	return nil
+}
+
+// mapRun maps up to n clusters from c on, and returns how many.
+func (p preallocation) mapRun(c meta.GuestCluster, n int64) (int64, error) {
+	im := p.im
+	edit, err := im.meta.Map.Prepare(c)
+	if err != nil {
+		return 0, err
+	}
+	defer edit.Done()
+	host, n := format.HostOff(c)<<im.lay.ClusterBits, min(n, edit.N) // where it lies in an external data file
+	if !im.lay.DataFile {
+		run, virgin, err := im.meta.Refs.Alloc(n)
+		if err != nil {
+			return 0, err
+		}
+		host, n = im.lay.Offset(run.First), run.N
+		if err := p.reserve(int64(host), n<<im.lay.ClusterBits, virgin); err != nil {
+			return 0, errors.Join(err, im.meta.Refs.Release(run))
+		}
+	}
+	edit.Put(0, n, func(k int64, _ meta.Entry) meta.Entry {
+		e := im.dataEntry(host + format.HostOff(k<<im.lay.ClusterBits))
+		if p.through {
+			e.Bitmap = 0
+		}
+		return e
+	})
+	return n, nil
+}
+
+// reserve makes length bytes at host ready: they read as zeroes, and the file reaches to their end. virgin says that they
+// read as zeroes already.
+func (p preallocation) reserve(host, length int64, virgin bool) error {
+	file := p.im.file
+	if p.mode == PreallocFull || !virgin {
+		p.im.meta.Wrote(host, length)
+		if err := zeroDevice(file, host, length); err != nil {
+			return fmt.Errorf("writing zeroes at host offset %#x: %w", host, err)
+		}
+		return nil
+	}
+	if p.mode == PreallocFalloc {
+		if err := file.Preallocate(host, length); err != nil {
+			return fmt.Errorf("reserving %d bytes at host offset %#x: %w", length, host, err)
+		}
+	}
+	// No entry points behind the end of the file. Its length is made by writing, not set: somebody may be writing behind.
+	at := host + length - storage.SectorSize
+	p.im.meta.Wrote(at, storage.SectorSize)
+	if err := storage.WriteFull(file, zeroChunk[:storage.SectorSize], at); err != nil {
+		return fmt.Errorf("extending the file to %d bytes: %w", host+length, err)
+	}
+	return nil
+}
