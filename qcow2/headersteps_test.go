@@ -23,12 +23,14 @@ func (h *harness) wholeStep() {
 func (h *harness) resizeStep() {
 	h.t.Helper()
 	size := h.r.Int64N(10<<20) &^ 511
-	if h.v.create.Version == 2 && len(h.snaps) > 0 {
+	info, err := qcow2.ReadInfo(context.Background(), h.file)
+	h.must("info", err)
+	if info.Version == 2 && len(info.Snapshots) > 0 {
 		return
 	}
 	o := qcow2.ResizeOptions{Shrink: true}
 	if old := int64(len(h.model)); h.r.IntN(2) == 0 {
-		size = min(size, old+3*h.v.create.ClusterSize)
+		size = min(size, old+3*info.ClusterSize)
 	}
 	if size > int64(len(h.model)) {
 		o.Preallocation = qcow2.Preallocation(max(0, h.r.IntN(10)-6))

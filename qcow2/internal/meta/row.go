@@ -43,7 +43,7 @@ func (rc *Refcounts) rowAtEnd(n int64) (ClusterRun, error) {
 			}
 			continue // the table has gone where the row was to go
 		}
-		if err := rc.guard(whole); err != nil {
+		if err := rc.guard(whole, 0); err != nil {
 			return ClusterRun{}, err
 		}
 		for i := range int(blocks) {
