@@ -6,6 +6,7 @@ import (
 	"os"
 
 	"github.com/droverproject/drover/internal/cli"
+	_ "github.com/droverproject/drover/luks/ciphers" // twofish, cast5 and ripemd160 for encrypted images
 )
 
 func main() { os.Exit(cli.Run(context.Background(), os.Args[1:], os.Stdout, os.Stderr)) }
