@@ -75,7 +75,13 @@ type repairFacts struct {
 	missingBlock bool
 	// tableBytes is the length of the snapshot table.
 	tableBytes int
-	snapshots  []format.Snapshot
+	// incomplete is how many of its entries lack what version 3 requires. With recover, a table that cannot be read
+	// otherwise is read by guessing: tableFaults is what was wrong, mendableTable that it worked.
+	incomplete    int
+	recover       bool
+	tableFaults   format.SnapshotFaults
+	mendableTable bool
+	snapshots     []format.Snapshot
 	// bitmapTables and snapshotL1s are the clusters of those tables.
 	bitmapTables, snapshotL1s []span
 	// withoutRefs leaves the refcount structures out of the walk: the counts are then those of everything else.
@@ -138,6 +144,9 @@ func (c *checker) open() error {
 // run does the check, in the order in which qemu-img counts.
 func (c *checker) run() error {
 	snapshots, tableLen, err := c.readSnapshots()
+	if c.recover {
+		snapshots, tableLen, err = c.recoverSnapshots(snapshots, tableLen, err)
+	}
 	if err != nil {
 		c.found(Failure, 1, at(c.h.SnapshotsOffset), "ERROR failed to read the snapshot table: %v", err)
 		return fmt.Errorf("reading the snapshot table at host offset %#x: %w", c.h.SnapshotsOffset, err)

@@ -29,6 +29,11 @@ func (r *repairer) mendEntries() error {
 	if err := r.sync(); err != nil {
 		return err
 	}
+	return r.again()
+}
+
+// again walks the image as it is now.
+func (r *repairer) again() error {
 	c, err := r.walk(nil, false)
 	if err != nil {
 		return err

@@ -7,13 +7,15 @@ import (
 	"github.com/droverproject/drover/qcow2/internal/format"
 )
 
+// maxSnapshotTable is as much of a snapshot table as is read: with the entry that goes beyond the limit.
+const maxSnapshotTable = format.MaxSnapshotTable + 256<<10
+
 // readSnapshots reads the snapshot table and returns its length too. It reads more of it as long as entries ask for
 // more, so that the number of entries that the header claims decides nothing.
 func (c *checker) readSnapshots() ([]format.Snapshot, int, error) {
 	if err := c.h.ValidateSnapshotPointer(); err != nil || c.h.SnapshotCount == 0 {
 		return nil, 0, err
 	}
-	const maxSize = format.MaxSnapshotTable + 256<<10 // with the entry that goes beyond the limit
 	size := int64(64 << 10)
 	for {
 		if err := c.ctx.Err(); err != nil {
@@ -24,11 +26,35 @@ func (c *checker) readSnapshots() ([]format.Snapshot, int, error) {
 			return nil, 0, err
 		}
 		list, n, err := format.ParseSnapshots(b, int(c.h.SnapshotCount), c.h)
-		if !errors.Is(err, io.ErrUnexpectedEOF) || size == maxSize {
+		if !errors.Is(err, io.ErrUnexpectedEOF) || size == maxSnapshotTable {
 			return list, n, err
 		}
-		size = min(4*size, maxSize)
+		size = min(4*size, maxSnapshotTable)
 	}
+}
+
+// recoverSnapshots is readSnapshots for a repair, which is called with what that returned. It gets over faults of single
+// entries if it can.
+func (c *checker) recoverSnapshots(list []format.Snapshot, tableLen int, err error) ([]format.Snapshot, int, error) {
+	sound := err == nil
+	for i := range list {
+		sound = sound && (c.l.Version < format.Version3 || list[i].ExtraSize >= format.MinSnapshotExtraV3)
+	}
+	off := c.h.SnapshotsOffset
+	if sound || !c.l.Aligned(off) || c.inside(off, 1) == 0 || c.ctx.Err() != nil {
+		return list, tableLen, err
+	}
+	b, readErr := c.read(off, min(maxSnapshotTable, c.inside(off, maxSnapshotTable)+format.MaxSnapshotExtra))
+	if readErr != nil {
+		return nil, 0, readErr
+	}
+	found, n, faults := format.RecoverSnapshots(b, int64(c.h.SnapshotCount), c.h, c.fileSize)
+	if faults.Hopeless {
+		c.blind = true
+		return list, tableLen, err
+	}
+	c.tableFaults, c.mendableTable = faults, true
+	return found, n, nil
 }
 
 // walkActiveL1 counts the references of the active L1 table and checks its COPIED flags.
@@ -88,6 +114,10 @@ func (c *checker) walkSnapshots(list []format.Snapshot) error {
 	if c.l.DataFile && len(list) > 0 {
 		c.corrupt(1, at(c.h.SnapshotsOffset), "ERROR %d snapshots in image with data file", len(list))
 	}
+	p := at(c.h.SnapshotsOffset)
+	c.corrupt(uint64(c.tableFaults.LongExtra), p, "ERROR snapshot table entries with too much extra metadata")
+	c.corrupt(uint64(c.tableFaults.Resized), p, "ERROR snapshot table entries with extra metadata of a wrong length")
+	c.corrupt(uint64(c.tableFaults.Overhang), p, "ERROR snapshot table entries that are none")
 	var l1s tableSpans
 	for i := range list {
 		if s := &list[i]; c.checkSnapshotL1(s) && s.L1Size > 0 {
@@ -107,6 +137,7 @@ func (c *checker) walkSnapshots(list []format.Snapshot) error {
 func (c *checker) checkSnapshotL1(s *format.Snapshot) bool {
 	p := at(s.L1Offset)
 	if c.l.Version >= format.Version3 && s.ExtraSize < format.MinSnapshotExtraV3 {
+		c.incomplete++
 		c.corrupt(1, p, "ERROR snapshot %.128q (%.256q): snapshot table entry is incomplete", s.ID, s.Name)
 	}
 	if !c.l.Aligned(s.L1Offset) {

@@ -19,10 +19,7 @@ func (r *repairer) rebuild() error {
 	if err != nil {
 		return err
 	}
-	b := rebuilder{repairer: r, fresh: fresh, blocks: make(map[int64]format.ClusterIdx)}
-	if r.blind {
-		b.next = format.ClusterIdx(r.c.clusters) // what seems free may not be
-	}
+	b := rebuilder{repairer: r, fresh: fresh, blocks: make(map[int64]format.ClusterIdx), next: r.firstFree()}
 	if err := b.place(); err != nil {
 		return err
 	}
@@ -132,26 +129,42 @@ func (b *rebuilder) missing() []int64 {
 
 // take finds n clusters in a row that nothing refers to, old refcount structures included, and counts them.
 func (b *rebuilder) take(n int64) (format.ClusterIdx, error) {
+	first, err := b.findFree(b.next, n, func(i format.ClusterIdx) bool { return b.fresh.refs.get(i) == 0 })
+	if err != nil {
+		return 0, err
+	}
+	for k := range n {
+		b.fresh.referenceCluster(first+format.ClusterIdx(k), 1)
+	}
+	if n == 1 {
+		b.next = first + 1 // nothing before is free; for more than one cluster that is not known
+	}
+	return first, nil
+}
+
+// firstFree is where clusters that nothing refers to may begin.
+func (r *repairer) firstFree() format.ClusterIdx {
+	if r.blind {
+		return format.ClusterIdx(r.c.clusters) // what seems free in the file may not be
+	}
+	return 0
+}
+
+// findFree finds n clusters in a row, from a place on, that nothing refers to and that the caller likes.
+func (r *repairer) findFree(from format.ClusterIdx, n int64, likes func(format.ClusterIdx) bool) (format.ClusterIdx, error) {
 	run := int64(0)
-	for i := b.next; i < maxClusters(b.c.l); i++ {
-		if b.c.far != 0 && i >= b.c.l.Cluster(b.c.far) {
+	for i := from; i < maxClusters(r.c.l); i++ {
+		if r.c.far != 0 && i >= r.c.l.Cluster(r.c.far) {
 			break
 		}
-		if b.c.refs.get(i) != 0 || b.fresh.refs.get(i) != 0 {
+		if r.c.refs.get(i) != 0 || !likes(i) {
 			run = 0
-			continue
+		} else if run++; run == n {
+			return i + 1 - format.ClusterIdx(n), nil
 		}
-		if run++; run < n {
-			continue
+		if uint64(i) >= r.c.clusters+uint64(n) && run == 0 {
+			break // what is liked nowhere
 		}
-		first := i + 1 - format.ClusterIdx(n)
-		for k := range n {
-			b.fresh.referenceCluster(first+format.ClusterIdx(k), 1)
-		}
-		if n == 1 {
-			b.next = i + 1 // nothing before is free; for more than one cluster that is not known
-		}
-		return first, nil
 	}
 	return 0, errNoPlace
 }

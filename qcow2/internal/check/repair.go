@@ -173,7 +173,7 @@ func (r *repairer) refuse() error {
 // walk checks the file. onFinding may be nil.
 func (r *repairer) walk(onFinding func(Finding), withoutRefs bool) (*checker, error) {
 	c := newChecker(r.ctx, r.file, Options{MaxFindings: r.o.MaxFindings, OnFinding: onFinding})
-	c.withoutRefs = withoutRefs
+	c.withoutRefs, c.recover = withoutRefs, r.o.Mode == RepairAll
 	if err := c.open(); err != nil {
 		return nil, err
 	}
@@ -183,6 +183,9 @@ func (r *repairer) walk(onFinding func(Finding), withoutRefs bool) (*checker, er
 // mend makes all changes that keep the file's length.
 func (r *repairer) mend() error {
 	if r.o.Mode == RepairAll {
+		if err := r.mendSnapshots(); err != nil {
+			return fmt.Errorf("mending the snapshot table: %w", err)
+		}
 		if err := r.mendEntries(); err != nil {
 			return err
 		}

@@ -43,7 +43,7 @@ func guestBytes(t testing.TB, path string) []byte {
 var beyondRepair = []string{"L1 entry past the end", "L1 entry just past the end", "L1 entry at the last offset",
 	"L1 entry points to a refcount block", "L1 entry points to the L1 table", "L2 entry past the end",
 	"L2 entry just past the end", "compressed past the end", "compressed, all bits", "all bits", "an L2 table of noise",
-	"L1 table past the end", "L1 table in the refcount block", "more snapshots than there are", "snapshot table past the end",
+	"L1 table past the end", "L1 table in the refcount block", "snapshot table past the end",
 	"snapshot L1 unaligned", "snapshot L1 too large", "snapshot L1 larger than the file", "snapshot L1 past the end",
 	"bitmap cluster past the end", "bitmap table entry reserved", "bitmap table is the L1 table", "bitmap table past the end",
 	"bitmap directory broken", "half of the file", "only the header"}
@@ -54,8 +54,11 @@ var lostData = append([]string{"L1 entry lost", "L1 entry with only COPIED", "L1
 	"L2 entry points to an L2 table", "L2 entry points to a refcount block", "compressed from nowhere"}, beyondRepair...)
 
 // noWalk are the damages that no check can see through.
-var noWalk = []string{"snapshot without extra data", "snapshot with too much extra data", "too many snapshots",
-	"snapshot table unaligned"}
+var noWalk = []string{"snapshot table unaligned"}
+
+// newTable are the damages after which the snapshot table lies elsewhere.
+var newTable = []string{"snapshot without extra data", "snapshot with too much extra data", "more snapshots than there are",
+	"too many snapshots"}
 
 // TestRepairDamage repairs what TestDamage checks. Guest data, snapshots and bitmaps must be there afterwards; what is left
 // must be what qemu-img check finds left; and another repair must have nothing to do.
@@ -101,6 +104,12 @@ func repairOne(t *testing.T, path string, x *bytesOf, d damage, want []byte) {
 	}
 	if rep.Before.Clean() && rep.Fixed() {
 		t.Errorf("nothing was wrong, and %d+%d were repaired", rep.CorruptionsFixed, rep.LeaksFixed)
+	}
+	if slices.Contains(newTable, d.name) {
+		if n := parseImage(t, now).h.SnapshotCount; n != 2 {
+			t.Errorf("%d snapshots are left of 2", n)
+		}
+		copy(head[format.OffSnapshots:][:12], now[format.OffSnapshots:])
 	}
 	if !bytes.Equal(head[format.OffSnapshots:][:12], now[format.OffSnapshots:][:12]) || !bytes.Equal(head[format.OffAutoclear:], now[format.OffAutoclear:512]) {
 		t.Error("the header says something else of snapshots or extensions")

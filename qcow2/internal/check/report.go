@@ -97,6 +97,9 @@ func at(host format.HostOff) place { return place{host: host} }
 // found counts a fault that occurs times times, and keeps it if there is room. The message is only made if somebody
 // will see it: a hostile image has millions of faults.
 func (c *checker) found(kind Kind, times uint64, p place, message string, args ...any) {
+	if times == 0 {
+		return
+	}
 	switch kind {
 	case Corruption:
 		c.rep.Corruptions += int64(times)
