@@ -65,6 +65,20 @@ var (
 	ErrNeedRebuild = check.ErrNeedRebuild
 )
 
+// Errors of RestoreFile, and of RepairFile with an undo log.
+var (
+	ErrUndoLog    = check.ErrUndoLog
+	ErrUndoImage  = check.ErrUndoImage
+	ErrUndoExists = check.ErrUndoExists
+)
+
+// RestoreFile puts back what RepairFile has changed in the image, from the undo log that it wrote. It returns how many
+// bytes that were. The image must be as the repair left it, be that finished or not, and locked for writing by the caller;
+// otherwise it stays as it is and the error wraps ErrUndoImage.
+func RestoreFile(ctx context.Context, image, log storage.File) (int64, error) {
+	return check.Restore(ctx, image, log)
+}
+
 // RepairFile mends the image in file, which must not be open elsewhere and must be locked for writing by the caller. It
 // never drops a snapshot, a bitmap or a cluster that can be reached, marks the image clean only after another pass over
 // it has found nothing wrong, and may lose power at any time: the next repair finishes the work. It looks at no other

@@ -35,6 +35,11 @@ type RepairOptions struct {
 	// MaxFindings and OnFinding are as for a check. What the repair itself does comes with Finding.Repaired.
 	MaxFindings int
 	OnFinding   func(Finding)
+	// Preview makes the report of a repair and writes nothing: the changes are made to a copy in memory.
+	Preview bool
+	// Undo, if not nil, is an empty file in which everything is kept that the repair overwrites, so that Restore can put it
+	// back. The host space of freed clusters is then not given back.
+	Undo storage.File
 }
 
 // RepairReport is the outcome of a repair.
@@ -94,6 +99,9 @@ var (
 // The error is that of Run, one of those above, or of a write that failed; the report is then nil or incomplete.
 func Repair(ctx context.Context, file storage.File, o RepairOptions) (*RepairReport, error) {
 	r := &repairer{ctx: ctx, file: file, o: o, rep: &RepairReport{}, max: o.MaxFindings}
+	if err := r.cover(); err != nil {
+		return nil, err
+	}
 	if r.max <= 0 {
 		r.max = defaultMaxFindings
 	}
@@ -154,6 +162,24 @@ func (r *repairer) run() error {
 // maxRounds bounds how often the repair looks again at what it could not mend in one go: a table that was two things at
 // once may have become one.
 const maxRounds = 4
+
+// cover puts between the repair and the file what the options ask for.
+func (r *repairer) cover() (err error) {
+	var cover storage.File
+	switch {
+	case r.o.Preview:
+		cover, err = storage.NewOverlay(r.file)
+	case r.o.Undo != nil:
+		cover, err = newUndoFile(r.file, r.o.Undo)
+	default:
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("preparing the repair: %w", err)
+	}
+	r.file = cover
+	return nil
+}
 
 // refuse returns why only leaks cannot be repaired.
 func (r *repairer) refuse() error {
