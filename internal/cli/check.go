@@ -19,41 +19,78 @@ const (
 	msgRepairArgument = "Unknown option value for -r (expecting 'leaks' or 'all'): %s"
 )
 
+// checkFlags are what check is asked to do beside checking.
+type checkFlags struct {
+	output        string
+	quiet         bool
+	repair        string // "", "leaks" or "all"
+	preview       bool
+	undo, restore string // names of undo logs
+}
+
 func (a *app) checkCommand() *cobra.Command {
 	var src source
-	var output, repair, cache string
-	var quiet bool
+	var flags checkFlags
+	var cache string
 	cmd := &cobra.Command{
 		Use:   "check [flags] FILE",
-		Short: "Check an image for errors",
-		Long: `Check the metadata of an image for errors. Nothing is changed.
+		Short: "Check an image for errors, and repair it",
+		Long: `Check the metadata of an image for errors. Nothing is changed without -r.
 
-Exit codes: 0 no errors, 1 the check could not be made, 2 errors, 3 leaked
-clusters but no errors, 63 the format has nothing to check.`,
+With -r leaks, refcounts that are too high are lowered; with -r all, everything is
+repaired that can be without making data up, and the file's unused end is cut off.
+A repair never drops a snapshot, a bitmap or data that can be reached, and may lose
+power at any time: the next one finishes it. --preview shows what a repair would do;
+--undo keeps what it overwrites in a file, from which --restore puts it back.
+
+Exit codes: 0 no errors (left), 1 the check or the repair could not be made, 2
+errors, 3 leaked clusters but no errors, 63 the format has nothing to check. With
+--preview they tell of the image as it is.`,
+		Example: `  drover check disk.qcow2
+  drover check -r all --preview disk.qcow2
+  drover check -r all --undo disk.undo disk.qcow2
+  drover check --restore disk.undo disk.qcow2`,
 		Args: oneImage,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if cmd.Flags().Changed("repair") {
-				if repair != "leaks" && repair != "all" {
-					return usagef(msgRepairArgument, repair)
-				}
-				return errors.New("this version does not repair images; use 'qemu-img check -r " + repair + "'")
-			}
-			if err := checkOutput(output); err != nil {
+			if err := flags.validate(cmd.Flags().Changed("repair")); err != nil {
 				return err
 			}
 			if err := src.set(args[0]); err != nil {
 				return err
 			}
-			return a.check(cmd.Context(), &src, output == "json", quiet)
+			switch {
+			case flags.restore != "":
+				return a.restore(cmd.Context(), &src, &flags)
+			case flags.repair != "":
+				return a.repair(cmd.Context(), &src, &flags)
+			}
+			return a.check(cmd.Context(), &src, flags.output == "json", flags.quiet)
 		},
 	}
 	src.add(cmd)
-	outputFlag(cmd, &output)
+	outputFlag(cmd, &flags.output)
 	f := cmd.Flags()
-	f.StringVarP(&repair, "repair", "r", "", "repair `leaks` or all (not in this version)")
-	f.BoolVarP(&quiet, "quiet", "q", false, "print nothing but errors")
+	f.StringVarP(&flags.repair, "repair", "r", "", "repair `leaks` or all")
+	f.BoolVar(&flags.preview, "preview", false, "show what -r would repair, and change nothing")
+	f.StringVar(&flags.undo, "undo", "", "keep what -r overwrites in a new `FILE`")
+	f.StringVar(&flags.restore, "restore", "", "put back what a repair has overwritten, from the `FILE` it kept that in")
+	f.BoolVarP(&flags.quiet, "quiet", "q", false, "print nothing but errors")
 	f.StringVarP(&cache, "cache", "T", "", "cache `mode` of qemu-img (accepted, without effect)")
 	return cmd
+}
+
+func (f *checkFlags) validate(repair bool) error {
+	switch {
+	case repair && f.repair != "leaks" && f.repair != "all":
+		return usagef(msgRepairArgument, f.repair)
+	case !repair && (f.preview || f.undo != ""):
+		return usagef("--preview and --undo belong to a repair (-r)")
+	case f.preview && f.undo != "":
+		return usagef("--preview changes nothing that --undo could keep")
+	case repair && f.restore != "":
+		return usagef("--restore and -r cannot be used together")
+	}
+	return checkOutput(f.output)
 }
 
 // checkResult is the JSON of check, by QEMU's names. Zeroes are left out, all but the first.
@@ -61,8 +98,10 @@ type checkResult struct {
 	ImageEndOffset int64  `json:"image-end-offset,omitempty"`
 	TotalClusters  int64  `json:"total-clusters,omitempty"`
 	Corruptions    int64  `json:"corruptions,omitempty"`
+	Fixed          int64  `json:"corruptions-fixed,omitempty"`
 	CheckErrors    int64  `json:"check-errors"`
 	Leaks          int64  `json:"leaks,omitempty"`
+	LeaksFixed     int64  `json:"leaks-fixed,omitempty"`
 	Allocated      int64  `json:"allocated-clusters,omitempty"`
 	Fragmented     int64  `json:"fragmented-clusters,omitempty"`
 	Compressed     int64  `json:"compressed-clusters,omitempty"`
@@ -88,9 +127,14 @@ func (a *app) check(ctx context.Context, src *source, asJSON, quiet bool) (err e
 	if err != nil {
 		return errorf("Check failed: %w", err)
 	}
-	if err := a.printCheck(src, format, rep, asJSON, quiet); err != nil {
+	if err := a.printCheck(resultOf(src.name, rep), rep, asJSON, quiet); err != nil {
 		return err
 	}
+	return checkExit(rep)
+}
+
+// checkExit is the exit code for a report.
+func checkExit(rep *qcow2.CheckReport) error {
 	switch {
 	case rep.CheckErrors > 0:
 		return &exitError{code: 1}
@@ -102,17 +146,21 @@ func (a *app) check(ctx context.Context, src *source, asJSON, quiet bool) (err e
 	return nil
 }
 
-func (a *app) printCheck(src *source, format string, rep *qcow2.CheckReport, asJSON, quiet bool) error {
+func resultOf(name string, rep *qcow2.CheckReport) checkResult {
+	return checkResult{
+		ImageEndOffset: rep.ImageEndOffset, TotalClusters: rep.TotalClusters,
+		Corruptions: rep.Corruptions, CheckErrors: rep.CheckErrors, Leaks: rep.Leaks,
+		Allocated: rep.AllocatedClusters, Fragmented: rep.FragmentedClusters, Compressed: rep.CompressedClusters,
+		Filename: name, Format: "qcow2",
+	}
+}
+
+func (a *app) printCheck(result checkResult, rep *qcow2.CheckReport, asJSON, quiet bool) error {
 	switch {
 	case quiet:
 		return nil
 	case asJSON:
-		return a.printJSON(checkResult{
-			ImageEndOffset: rep.ImageEndOffset, TotalClusters: rep.TotalClusters,
-			Corruptions: rep.Corruptions, CheckErrors: rep.CheckErrors, Leaks: rep.Leaks,
-			Allocated: rep.AllocatedClusters, Fragmented: rep.FragmentedClusters, Compressed: rep.CompressedClusters,
-			Filename: src.name, Format: format,
-		})
+		return a.printJSON(result)
 	}
 	a.printCheckText(rep)
 	return nil

@@ -403,20 +403,6 @@ func TestPolicyFlags(t *testing.T) {
 	}
 }
 
-func TestRepairIsRefused(t *testing.T) {
-	images(t)
-	before, err := os.ReadFile("leaky")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if o := drover(t, "check", "-r", "leaks", "leaky"); o.code != 1 || !strings.Contains(o.stderr, "does not repair") {
-		t.Errorf("code %d, %s", o.code, o.stderr)
-	}
-	if after, err := os.ReadFile("leaky"); err != nil || !bytes.Equal(before, after) {
-		t.Errorf("the image has changed (%v)", err)
-	}
-}
-
 func TestHelpAndVersion(t *testing.T) {
 	for _, args := range [][]string{{"--help"}, {"-h"}, {"help"}} {
 		out := mustDrover(t, args...)

@@ -130,11 +130,19 @@ func (s *source) openOptions() block.OpenOptions {
 }
 
 // openFile opens the image's file alone and finds out its format.
-func (s *source) openFile() (storage.File, string, error) {
+func (s *source) openFile() (storage.File, string, error) { return s.openFileAs(true) }
+
+// openFileAs is openFile for reading or for writing.
+func (s *source) openFileAs(readOnly bool) (storage.File, string, error) {
 	if err := s.checkFormat(); err != nil {
 		return nil, "", err
 	}
-	file, err := block.OpenFile(s.name, s.openOptions())
+	o := s.openOptions()
+	o.ReadOnly = readOnly
+	if !readOnly && s.forceShare {
+		return nil, "", errorf("Could not open '%s': force-share=on can only be used with read-only images", s.name)
+	}
+	file, err := block.OpenFile(s.name, o)
 	if err != nil {
 		return nil, "", openError(s.name, err)
 	}
