@@ -8,6 +8,12 @@
 // ends; then listeners close, connections finish what they have begun, and each image is flushed and closed, whatever
 // the others do. Serve returns nil only if every acknowledged write is durable.
 //
+// # Snapshots
+//
+// Each snapshot inside an image is an export of its own, read-only, whose name is that of the image's export, an "@", and
+// the snapshot's name. Snapshots that are created while the daemon runs are found as well. Every connection opens the
+// snapshot for itself; while one has it open, it cannot be deleted.
+//
 // # What it may do
 //
 // Between the two, [Confine] can take from the process what it does not need any more: it opens nothing after Open, so it
@@ -25,6 +31,7 @@ import (
 	"time"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/image"
 	"github.com/droverproject/drover/nbd"
 )
 
@@ -38,6 +45,10 @@ type Export struct {
 	// Open says how the image is opened. With no Format the content decides between the formats that can be told by it;
 	// a disk that looks like none of them is accepted as raw only read-only.
 	Open block.OpenOptions
+	// Snapshot, if not nil, has only that snapshot of the image served, read-only.
+	Snapshot *image.SnapshotRef
+	// HideSnapshots keeps the snapshots inside the image from being served beside it.
+	HideSnapshots bool
 	// Allow says who may use it; nil lets everybody.
 	Allow func(nbd.Peer) bool
 }
@@ -63,12 +74,15 @@ type Daemon struct {
 
 type openExport struct {
 	Export
-	dev block.Device
+	dev  block.Device // the image
+	disk block.Device // what is served of it: the image, or one of its snapshots
 }
 
 // Open opens all that the configuration names. After an error nothing stays open.
 func Open(ctx context.Context, c Config) (d *Daemon, err error) {
-	d = &Daemon{server: nbd.NewServer(c.NBD), drain: c.Drain, listeners: c.Listeners}
+	d = &Daemon{drain: c.Drain, listeners: c.Listeners}
+	c.NBD.Provider = snapshots{d}
+	d.server = nbd.NewServer(c.NBD)
 	d.encrypted = c.NBD.TLS != nil && c.NBD.TLS.Required
 	if d.drain == 0 {
 		d.drain = DefaultDrain
@@ -112,9 +126,16 @@ func (d *Daemon) open(ctx context.Context, e Export) error {
 	if err != nil {
 		return err
 	}
-	d.exports = append(d.exports, openExport{e, dev})
+	d.exports = append(d.exports, openExport{e, dev, dev})
+	disk := dev
+	if e.Snapshot != nil {
+		if disk, err = image.OpenSnapshot(ctx, dev, *e.Snapshot); err != nil {
+			return fmt.Errorf("loading snapshot of %q: %w", e.Image, err)
+		}
+		d.exports[len(d.exports)-1].disk = disk
+	}
 	return d.server.AddExport(nbd.Export{
-		Name: e.Name, Description: e.Description, Device: dev, ReadOnly: e.Open.ReadOnly, Allow: e.Allow,
+		Name: e.Name, Description: e.Description, Device: disk, ReadOnly: e.Open.ReadOnly, Allow: e.Allow,
 	})
 }
 
@@ -151,9 +172,9 @@ type Status struct {
 func (d *Daemon) Exports() []Status {
 	list := make([]Status, len(d.exports))
 	for i, e := range d.exports {
-		info := e.dev.Info()
+		info := e.disk.Info()
 		list[i] = Status{
-			Name: e.Name, Image: e.Image, Format: info.Format, Size: e.dev.Size(),
+			Name: e.Name, Image: e.Image, Format: info.Format, Size: e.disk.Size(),
 			ReadOnly: info.ReadOnly || e.Open.ReadOnly,
 		}
 	}

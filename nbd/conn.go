@@ -46,6 +46,7 @@ type conn struct {
 	// Set by the handshake, constant afterwards.
 	peer     Peer
 	exp      *export // written under Server.mu
+	provided *export // opened for this connection alone, by its own goroutine
 	mode     replyMode
 	contexts []selected
 

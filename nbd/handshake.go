@@ -147,9 +147,9 @@ func (h *handshake) list(data []byte) error {
 		return h.fail(repErrInvalid, "option takes no data")
 	}
 	for _, x := range h.c.srv.list(h.c.peer) {
-		p := binary.BigEndian.AppendUint32(nil, uint32(len(x.Name)))
-		p = append(p, x.Name...)
-		if err := h.reply(repServer, append(p, x.Description...)); err != nil {
+		p := binary.BigEndian.AppendUint32(nil, uint32(len(x.name)))
+		p = append(p, x.name...)
+		if err := h.reply(repServer, append(p, x.description...)); err != nil {
 			return err
 		}
 	}
@@ -161,7 +161,7 @@ func (h *handshake) exportName(name string) error {
 	if len(name) > maxString {
 		return fmt.Errorf("%w: export name of %d bytes", ErrHandshake, len(name))
 	}
-	x := h.c.srv.lookup(name, h.c.peer)
+	x := h.lookup(name)
 	if x == nil || !h.c.srv.attach(h.c, x) {
 		return fmt.Errorf("%w: %q", errNoExport, name)
 	}
@@ -195,7 +195,7 @@ func (h *handshake) info(data []byte) error {
 	if len(name) > maxString {
 		return h.fail(repErrTooBig, "export name is too long")
 	}
-	x := h.c.srv.lookup(name, h.c.peer)
+	x := h.lookup(name)
 	if x == nil || h.opt == optGo && !h.c.srv.attach(h.c, x) {
 		return h.fail(repErrUnknown, "no such export")
 	}
@@ -278,7 +278,7 @@ func (h *handshake) meta(data []byte) error {
 	case queries == nil:
 		return h.fail(repErrTooBig, "too many queries, or too long ones")
 	}
-	x := h.c.srv.lookup(name, h.c.peer)
+	x := h.lookup(name)
 	if x == nil {
 		return h.fail(repErrUnknown, "no such export")
 	}

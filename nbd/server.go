@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"slices"
 	"sort"
 	"sync"
 	"time"
@@ -58,6 +57,8 @@ type Options struct {
 	TLS *TLS
 	// DefaultExport is the export that a client gets when it names none and there is none of the empty name.
 	DefaultExport string
+	// Provider has further exports, which are opened when a client asks for them.
+	Provider Provider
 	// Observer is told what happens.
 	Observer Observer
 }
@@ -106,6 +107,9 @@ type Observer struct {
 	RequestFailed func(c Conn, cmd Command, off, n uint64, err error)
 	// Refused is called for a connection that was closed at once; err wraps ErrTooMany.
 	Refused func(p Peer, err error)
+	// OpenFailed is called when an export of the Provider could not be opened for a client, which is told that there is
+	// none of that name.
+	OpenFailed func(p Peer, name string, err error)
 	// AcceptFailed is called when a listener failed to accept, before it tries again.
 	AcceptFailed func(l net.Addr, err error)
 }
@@ -145,6 +149,7 @@ type Export struct {
 type export struct {
 	Export
 	try      block.TryDevice // nil when the device has no such methods
+	provided bool            // it belongs to one connection
 	size     int64
 	contexts []Context
 	block    [3]uint32 // minimum, preferred and maximum block size
@@ -194,11 +199,29 @@ func NewServer(o Options) *Server {
 
 // AddExport makes a device available to clients that connect from now on.
 func (s *Server) AddExport(e Export) error {
+	x, err := newExport(e, s.opts.MaxRequest)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return ErrServerClosed
+	}
+	if _, ok := s.exports[e.Name]; ok {
+		return fmt.Errorf("nbd: export %q exists already", e.Name)
+	}
+	s.exports[e.Name] = x
+	return nil
+}
+
+// newExport makes an export of what the caller describes, not yet known to anybody.
+func newExport(e Export, maxRequest int) (*export, error) {
 	if e.Device == nil {
-		return fmt.Errorf("nbd: export %q has no device", e.Name)
+		return nil, fmt.Errorf("nbd: export %q has no device", e.Name)
 	}
 	if len(e.Name) > maxString || len(e.Description) > maxString {
-		return fmt.Errorf("nbd: name or description of an export is longer than %d bytes", maxString)
+		return nil, fmt.Errorf("nbd: name or description of an export is longer than %d bytes", maxString)
 	}
 	info := e.Device.Info()
 	e.ReadOnly = e.ReadOnly || info.ReadOnly
@@ -210,27 +233,17 @@ func (s *Server) AddExport(e Export) error {
 		unused:   make(chan struct{}),
 	}
 	if x.size < 0 {
-		return fmt.Errorf("nbd: export %q: device has size %d", e.Name, x.size)
+		return nil, fmt.Errorf("nbd: export %q: device has size %d", e.Name, x.size)
 	}
 	x.try, _ = e.Device.(block.TryDevice)
 	for _, c := range e.Contexts {
 		if err := checkContext(x.contexts, c); err != nil {
-			return fmt.Errorf("nbd: export %q: %w", e.Name, err)
+			return nil, fmt.Errorf("nbd: export %q: %w", e.Name, err)
 		}
 		x.contexts = append(x.contexts, c)
 	}
-	x.block = blockSizes(info, s.opts.MaxRequest)
-
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return ErrServerClosed
-	}
-	if _, ok := s.exports[e.Name]; ok {
-		return fmt.Errorf("nbd: export %q exists already", e.Name)
-	}
-	s.exports[e.Name] = x
-	return nil
+	x.block = blockSizes(info, maxRequest)
+	return x, nil
 }
 
 // blockSizes derives the block sizes of an export. The minimum is 1 because a Device takes any offset and length.
@@ -473,6 +486,7 @@ func (s *Server) serve(ctx context.Context, nc net.Conn, g *guest) error {
 	err := c.run(g)
 	stop()
 	c.close()
+	c.closeProvided()
 	if f := s.opts.Observer.Disconnected; f != nil {
 		f(c.describe(), c.stats(), err)
 	}
@@ -560,14 +574,19 @@ func (s *Server) attach(c *conn, x *export) bool {
 }
 
 // list returns the exports that a client may use, in the order of their names.
-func (s *Server) list(p Peer) []*export {
+func (s *Server) list(p Peer) []listed {
 	s.mu.Lock()
-	list := make([]*export, 0, len(s.exports))
+	all := make([]*export, 0, len(s.exports))
 	for _, x := range s.exports {
-		list = append(list, x)
+		all = append(all, x)
 	}
 	s.mu.Unlock()
-	list = slices.DeleteFunc(list, func(x *export) bool { return !x.allows(p) })
-	sort.Slice(list, func(i, j int) bool { return list[i].Name < list[j].Name })
+	list := s.offers(p)
+	for _, x := range all {
+		if x.allows(p) {
+			list = append(list, listed{x.Name, x.Description})
+		}
+	}
+	sort.Slice(list, func(i, j int) bool { return list[i].name < list[j].name })
 	return list
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/daemon"
+	"github.com/droverproject/drover/image"
 	"github.com/droverproject/drover/nbd"
 )
 
@@ -36,6 +37,9 @@ IMAGE is the default export, the one of the empty name; --export adds others. A
 client can reach the exports at every --socket and --listen address; without any,
 at localhost:10809, or at the sockets that systemd passed on.
 
+Each snapshot inside an image is an export of its own, read-only, called by the
+name of the image's export, an "@" and the snapshot's name (or ID): disk@before.
+
 The format of an image is found out from its content, unless --format says it. A
 raw disk is exported writable only with --format raw.
 
@@ -55,6 +59,8 @@ everything is written and flushed; a second signal ends it at once.`,
 	f.StringArrayVar(&s.exports, "export", nil, "serve an image under a name: `NAME=IMAGE` (may be repeated)")
 	f.BoolVarP(&s.readOnly, "read-only", "r", false, "let clients change nothing")
 	f.StringVarP(&s.format, "format", "f", "", "`format` of the images")
+	f.StringVarP(&s.snapshot, "load-snapshot", "l", "", "serve `SNAPSHOT` of IMAGE instead of its disk, by ID or name, read-only")
+	f.BoolVar(&s.hideSnapshots, "no-snapshots", false, "do not serve the snapshots inside the images")
 	f.StringVar(&s.cacheSize, "cache-size", "", "`size` of the metadata cache of each image")
 	f.BoolVarP(&s.forceShare, "force-share", "U", false, "serve images that somebody else writes to (needs --read-only)")
 	f.IntVar(&s.maxConnections, "max-connections", 100, "serve at most `N` clients at a time, 0 for any number")
@@ -69,7 +75,9 @@ type server struct {
 	*app
 	sockets, listen, exports []string
 	format, cacheSize        string
+	snapshot                 string
 	readOnly, forceShare     bool
+	hideSnapshots            bool
 	maxConnections           int
 	handshake                time.Duration
 	policy                   policyFlags
@@ -146,7 +154,7 @@ func (s *server) config(args []string) (daemon.Config, error) {
 	if s.maxConnections < 0 || s.handshake < 0 {
 		return c, usagef("--max-connections and --handshake-timeout must not be negative")
 	}
-	if s.forceShare && !s.readOnly {
+	if s.forceShare && !s.readOnly && s.snapshot == "" {
 		return c, usagef("--force-share needs --read-only")
 	}
 	open := block.OpenOptions{
@@ -162,14 +170,24 @@ func (s *server) config(args []string) (daemon.Config, error) {
 		return c, usagef("Unexpected argument: %s (use --export NAME=IMAGE for more than one image)", args[1])
 	}
 	if len(args) == 1 {
-		c.Exports = append(c.Exports, daemon.Export{Image: args[0], Open: open})
+		e := daemon.Export{Image: args[0], Open: open, HideSnapshots: s.hideSnapshots}
+		if s.snapshot != "" {
+			ref, err := image.ParseSnapshotRef(s.snapshot)
+			if err != nil {
+				return c, err
+			}
+			e.Snapshot, e.Open.ReadOnly = &ref, true
+		}
+		c.Exports = append(c.Exports, e)
+	} else if s.snapshot != "" {
+		return c, usagef("--load-snapshot needs an IMAGE")
 	}
 	for _, text := range s.exports {
-		name, image, ok := strings.Cut(text, "=")
-		if !ok || image == "" {
+		name, file, ok := strings.Cut(text, "=")
+		if !ok || file == "" {
 			return c, usagef("--export %s: expecting NAME=IMAGE", text)
 		}
-		c.Exports = append(c.Exports, daemon.Export{Name: name, Image: image, Open: open})
+		c.Exports = append(c.Exports, daemon.Export{Name: name, Image: file, Open: open, HideSnapshots: s.hideSnapshots})
 	}
 	if len(c.Exports) == 0 {
 		return c, usagef("Expecting an image file name or --export NAME=IMAGE")
@@ -235,6 +253,11 @@ func (s *server) observer() nbd.Observer {
 		RequestFailed: func(c nbd.Conn, cmd nbd.Command, off, n uint64, err error) {
 			if ok, dropped := failures.allow(time.Now()); ok {
 				say("export %q: %v of %d bytes at offset %d failed: %v%s", c.Export, cmd, n, off, err, andDropped(dropped))
+			}
+		},
+		OpenFailed: func(p nbd.Peer, name string, err error) {
+			if ok, dropped := failures.allow(time.Now()); ok {
+				say("export %q for client (%v): %v%s", name, p, err, andDropped(dropped))
 			}
 		},
 		AcceptFailed: func(_ net.Addr, err error) { say("accepting a client: %v", err) },
