@@ -42,6 +42,12 @@ type CreateOptions struct {
 	BackingFile     string // stored as it is
 	BackingFormat   string
 	Preallocation   Preallocation
+	// DataFile is the stored name of an external data file, which holds the guest's data at their guest offsets; empty for
+	// none. DataFileRaw keeps it a raw image by itself.
+	DataFile    string
+	DataFileRaw bool
+	// DataStorage is the external data file, which Create empties and leaves open. The caller has locked it.
+	DataStorage storage.File
 }
 
 // ErrInvalidOption is wrapped by every error of Create that the caller's options cause.
@@ -69,10 +75,15 @@ func Create(ctx context.Context, file storage.File, o CreateOptions) error {
 	if err != nil {
 		return fmt.Errorf("making the header: %w", err)
 	}
+	if o.DataFile != "" {
+		if err := emptyDataFile(o.DataStorage, int64(h.Size), o.preallocation()); err != nil {
+			return err
+		}
+	}
 	if err := writeEmpty(file, h, plan, head); err != nil {
 		return err
 	}
-	if o.Preallocation == PreallocOff {
+	if o.preallocation() == PreallocOff {
 		return nil
 	}
 	return preallocate(ctx, file, o)
@@ -120,11 +131,15 @@ func newHeader(o CreateOptions) (*format.Header, error) {
 		return nil, invalid("backing file name is longer than %d bytes", format.MaxBackingName)
 	case len(o.BackingFormat) > format.MaxBackingFormat:
 		return nil, invalid("backing format name is longer than %d bytes", format.MaxBackingFormat)
+	case o.DataFile == "" && (o.DataFileRaw || o.DataStorage != nil):
+		return nil, invalid("data-file-raw requires data-file")
+	case o.DataFileRaw && o.BackingFile != "":
+		return nil, invalid("backing file and data-file-raw cannot be used at the same time")
 	case o.BackingFile != "" && o.Preallocation != PreallocOff && !o.ExtendedL2:
 		return nil, invalid("backing file and preallocation can only be used at the same time if extended_l2 is enabled")
 	}
 	if err := errors.Join(v3only(refBits != 16, "a refcount width other than 16 bits"), v3only(o.LazyRefcounts, "lazy refcounts"),
-		v3only(o.ExtendedL2, "extended L2 entries"), v3only(o.CompressionType != CompressionZlib, "a compression type other than zlib")); err != nil {
+		v3only(o.ExtendedL2, "extended L2 entries"), v3only(o.DataFile != "", "an external data file"), v3only(o.CompressionType != CompressionZlib, "a compression type other than zlib")); err != nil {
 		return nil, err
 	}
 	h := &format.Header{
@@ -140,6 +155,13 @@ func newHeader(o CreateOptions) (*format.Header, error) {
 	}
 	if o.CompressionType != CompressionZlib {
 		h.Incompat |= format.IncompatCompression
+	}
+	if o.DataFile != "" {
+		h.Incompat |= format.IncompatDataFile
+		h.DataFileName, h.HasDataFileName = o.DataFile, true
+	}
+	if o.DataFileRaw {
+		h.Autoclear |= format.AutoclearRawData
 	}
 	addFeatureNames(h)
 	return h, nil
@@ -230,12 +252,12 @@ func zeroDevice(file storage.File, off, n int64) error {
 
 // preallocate maps every cluster of the new image in file and makes room for it on the host.
 func preallocate(ctx context.Context, file storage.File, o CreateOptions) error {
-	im, err := Open(ctx, file, Options{CacheCleanInterval: -1, LazyRefcounts: SwitchOff})
+	im, err := Open(ctx, file, Options{CacheCleanInterval: -1, DataFile: o.DataStorage, LazyRefcounts: SwitchOff})
 	if err != nil {
 		return fmt.Errorf("preallocating: %w", err)
 	}
 	// The file stays the caller's: the image is flushed and left, not closed.
-	if err := im.mapAll(ctx, o.Preallocation); err != nil {
+	if err := im.mapAll(ctx, o.preallocation()); err != nil {
 		return fmt.Errorf("preallocating: %w", err)
 	}
 	if err := im.meta.Settle(); err != nil {

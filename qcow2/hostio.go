@@ -71,7 +71,12 @@ func (im *Image) writeHostV(vec [][]byte, off, host int64) error {
 }
 
 // wroteHost notes a write of guest data, complete or not.
-func (im *Image) wroteHost(host, n int64) { im.meta.Wrote(host, n) }
+func (im *Image) wroteHost(host, n int64) {
+	im.meta.WroteData(host, n)
+	if im.lay.DataFile {
+		im.dataEnd.raise(host, n)
+	}
+}
 
 // checkPlace refuses a mapping into the external data file that does not lead to the same offset.
 func (im *Image) checkPlace(off, host int64) error {
@@ -83,6 +88,9 @@ func (im *Image) checkPlace(off, host int64) error {
 
 // overwrite writes to a cluster that is this image's alone, in place.
 func (im *Image) overwrite(p []byte, off, host int64) error {
+	if im.lay.DataFile {
+		return im.writeHost(p, off, host)
+	}
 	if err := im.meta.Guard(format.HostOff(host), int64(len(p))); err != nil {
 		return fmt.Errorf("writing guest offset %#x: %w", off, err)
 	}

@@ -84,6 +84,7 @@ type Image struct {
 	file    storage.File
 	data    storage.File // where guest clusters lie: file, or the external data file
 	nowait  storage.NowaitReader
+	dataEnd highWater // of an external data file
 	backing block.Device
 	hdr     *format.Header
 	lay     format.Layout
@@ -200,6 +201,9 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 			return nil, err
 		}
 	}
+	if err := im.openData(o); err != nil {
+		return nil, err
+	}
 	if err := im.openMeta(o); err != nil {
 		return nil, err
 	}
@@ -221,9 +225,6 @@ func newImage(file storage.File, hdr *format.Header, o Options) *Image {
 	im.incompat = hdr.Incompat
 	if im.name == "" {
 		im.name = file.Stat().Name
-	}
-	if o.DataFile != nil {
-		im.data = o.DataFile
 	}
 	im.nowait, _ = im.data.(storage.NowaitReader)
 	cs := int(im.lay.ClusterSize())
@@ -285,8 +286,8 @@ func (im *Image) refuse(o Options) error {
 	if h.CryptMethod != format.CryptNone {
 		return errors.New("image is encrypted: encryption is not available in this version")
 	}
-	if h.Incompat&format.IncompatDataFile != 0 && o.DataFile == nil {
-		return errors.New("image keeps its data in an external data file, which was not given")
+	if err := im.refuseData(o); err != nil {
+		return err
 	}
 	if o.ReadOnly {
 		return nil
@@ -298,7 +299,8 @@ func (im *Image) refuse(o Options) error {
 	}{
 		{im.file.Stat().ReadOnly, "the file is read-only"},
 		{h.Incompat&format.IncompatCorrupt != 0, "it is marked corrupt"},
-		{h.Incompat&format.IncompatDataFile != 0, "writing an external data file is not available in this version"},
+		{im.lay.DataFile && h.SnapshotCount > 0, "it has both an external data file and internal snapshots"},
+		{im.lay.DataFile && o.DataFile.Stat().ReadOnly, "the external data file is read-only"},
 		{h.Bitmaps != nil, "it has dirty bitmaps, and maintaining them is not available in this version"},
 	} {
 		if c.yes {
@@ -332,6 +334,7 @@ func (im *Image) metaConfig(o Options) (meta.Config, error) {
 		OnFree:       func(r meta.ClusterRun) { im.clusters.drop(im.lay, r) },
 		PassDiscard:  o.passDiscard(),
 		Lazy:         im.lazy(), Dirty: h.Incompat&format.IncompatDirty != 0, WriteDirty: im.writeDirty,
+		DataFile: o.DataFile,
 	}
 	if im.readOnly {
 		return c, nil

@@ -23,11 +23,12 @@ type variant struct {
 	create  qcow2.CreateOptions
 	backing int64 // size of the backing device, 0: none
 	cache   int64
+	data    bool // an external data file
 }
 
 func (v variant) String() string {
-	return fmt.Sprintf("v%d extended=%v cluster=%d refcount=%d size=%d backing=%d prealloc=%d cache=%d", v.create.Version, v.create.ExtendedL2, v.create.ClusterSize,
-		v.create.RefcountBits, v.create.Size, v.backing, v.create.Preallocation, v.cache)
+	return fmt.Sprintf("v%d extended=%v cluster=%d refcount=%d size=%d backing=%d prealloc=%d cache=%d data=%v raw=%v", v.create.Version, v.create.ExtendedL2, v.create.ClusterSize,
+		v.create.RefcountBits, v.create.Size, v.backing, v.create.Preallocation, v.cache, v.data, v.create.DataFileRaw)
 }
 
 func drawVariant(r *rand.Rand) variant {
@@ -50,6 +51,10 @@ func drawVariant(r *rand.Rand) variant {
 	} else if r.IntN(3) == 0 {
 		c.Preallocation = qcow2.PreallocMetadata
 	}
+	if c.Version == 3 && r.IntN(4) == 0 {
+		v.data, c.DataFile = true, "model.data"
+		c.DataFileRaw = v.backing == 0 && r.IntN(2) == 0
+	}
 	return v
 }
 
@@ -63,12 +68,17 @@ type harness struct {
 	im    *qcow2.Image
 	model []byte
 	snaps []modelSnapshot
+	data  *storage.MemFile // nil when there is none
 }
 
 func newHarness(t testing.TB, r *rand.Rand, v variant) *harness {
 	h := &harness{t: t, r: r, v: v, file: storage.NewMemFile("model.qcow2")}
 	if v.create.Version == 3 && r.IntN(3) == 0 {
 		h.v.create.LazyRefcounts = true
+	}
+	if v.data {
+		h.data = storage.NewMemFile("model.data")
+		h.v.create.DataStorage = h.data
 	}
 	if v.backing > 0 {
 		h.base = make([]byte, v.backing)
@@ -88,7 +98,11 @@ func newHarness(t testing.TB, r *rand.Rand, v variant) *harness {
 
 func (h *harness) open() {
 	h.t.Helper()
-	o := qcow2.Options{CacheSize: h.v.cache}
+	o := qcow2.Options{CacheSize: h.v.cache, DiscardNoUnref: h.r.IntN(4) == 0,
+		PassDiscardRequest: qcow2.Switch(h.r.IntN(3)), PassDiscardOther: qcow2.Switch(h.r.IntN(3))}
+	if h.data != nil {
+		o.DataFile = keepOpen{h.data}
+	}
 	if h.base != nil {
 		o.Backing = blocktest.NewBytes(h.base)
 	}
@@ -131,6 +145,7 @@ func (h *harness) span() (off, n int64) {
 
 func (h *harness) step() {
 	h.t.Helper()
+	defer h.checkRaw()
 	ctx := context.Background()
 	off, n := h.span()
 	m := h.model[off : off+n]
@@ -203,7 +218,11 @@ func (h *harness) checkExtents(off, n int64) {
 		}
 		if x.HasHost && x.Data && x.Depth == 0 {
 			b := make([]byte, x.Len)
-			if k, err := h.file.ReadAt(b, x.Host); k < len(b) && err == nil {
+			f := h.file
+			if h.data != nil {
+				f = h.data
+			}
+			if k, err := f.ReadAt(b, x.Host); k < len(b) && err == nil {
 				h.t.Fatalf("%v: short read at host %#x", h.v, x.Host)
 			}
 			if !bytes.Equal(b, h.model[x.Off:x.End()]) {
@@ -215,6 +234,23 @@ func (h *harness) checkExtents(off, n int64) {
 	h.must("extents", err)
 	if at != off+n {
 		h.t.Fatalf("%v: extents end at %d, want %d", h.v, at, off+n)
+	}
+}
+
+// checkRaw compares a raw data file with the model.
+func (h *harness) checkRaw() {
+	h.t.Helper()
+	if !h.v.create.DataFileRaw {
+		return
+	}
+	size, err := h.data.Size()
+	h.must("size of the data file", err)
+	b := make([]byte, size)
+	if n, err := h.data.ReadAt(b, 0); n < len(b) {
+		h.must("reading the data file", err)
+	}
+	if !bytes.Equal(b, h.model) {
+		h.t.Fatalf("%v: the raw data file differs from the disk", h.v)
 	}
 }
 
@@ -237,20 +273,22 @@ func (h *harness) finish() {
 // qemuCheck has stock qemu-img check the image, and compare it with the model.
 func (h *harness) qemuCheck() {
 	h.t.Helper()
-	path := qemuCheckFile(h.t, h.file, h.base)
+	path := qemuCheckFile(h.t, h.file, h.base, h.data)
 	if path == "" {
 		return
 	}
 	raw := filepath.Join(filepath.Dir(path), "model.raw")
 	h.must("saving", os.WriteFile(raw, h.model, 0o600))
-	if out, err := exec.Command("qemu-img", "compare", "-f", "qcow2", "-F", "raw", path, raw).CombinedOutput(); err != nil {
+	cmd := exec.Command("qemu-img", "compare", "-f", "qcow2", "-F", "raw", path, raw)
+	cmd.Dir = filepath.Dir(path) // stock looks for the data file here
+	if out, err := cmd.CombinedOutput(); err != nil {
 		h.t.Fatalf("%v: qemu-img compare: %v: %s", h.v, err, out)
 	}
 }
 
 // qemuCheckFile saves an image (and its backing file, where it has one) and has stock qemu-img check it, where there is
 // one. It returns where the image is.
-func qemuCheckFile(t testing.TB, f storage.File, base []byte) string {
+func qemuCheckFile(t testing.TB, f storage.File, base []byte, data ...*storage.MemFile) string {
 	t.Helper()
 	if _, err := exec.LookPath("qemu-img"); err != nil {
 		return ""
@@ -272,12 +310,36 @@ func qemuCheckFile(t testing.TB, f storage.File, base []byte) string {
 			t.Fatal(err)
 		}
 	}
-	if out, err := exec.Command("qemu-img", "check", path).CombinedOutput(); err != nil {
+	for _, d := range data {
+		saveData(t, d, filepath.Dir(path))
+	}
+	cmd := exec.Command("qemu-img", "check", path)
+	cmd.Dir = filepath.Dir(path)
+	if out, err := cmd.CombinedOutput(); err != nil {
 		keep := filepath.Join(os.TempDir(), "drover-failed.qcow2")
 		_ = os.WriteFile(keep, b, 0o600)
 		t.Fatalf("qemu-img check: %v (image kept as %s)\n%s", err, keep, out)
 	}
 	return path
+}
+
+// saveData saves an external data file, if there is one.
+func saveData(t testing.TB, f *storage.MemFile, dir string) {
+	t.Helper()
+	if f == nil {
+		return
+	}
+	size, err := f.Size()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, size)
+	if n, err := f.ReadAt(b, 0); n < len(b) {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, f.Stat().Name), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // checkFile has our own check look at an image: it may find nothing, not even a leak.

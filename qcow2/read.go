@@ -236,7 +236,7 @@ func (im *Image) zeroPrefix(run meta.Run, off, in, n int64) int64 {
 // inPlacePrefix returns how many of the n bytes that lie in bytes into a run can be overwritten without a change of the
 // mapping.
 func (im *Image) inPlacePrefix(run meta.Run, in, n int64) int64 {
-	if !inPlace(run.Kind, run.Copied) {
+	if !im.inPlace(run.Kind, run.Copied) {
 		return 0
 	}
 	if !im.lay.ExtendedL2 {

@@ -324,7 +324,8 @@ func (im *Image) zeroPiece(ctx context.Context, b []byte, off int64) error {
 		return nil
 	}
 	clear(b)
-	return im.write(ctx, b, off)
+	_, err := im.write(ctx, b, off)
+	return err
 }
 
 func allZero(b []byte) bool {
@@ -363,7 +364,7 @@ func (im *Image) fillNew(ctx context.Context, old, size int64, mode Preallocatio
 	end := im.cluster(roundUp(hidden.end(), cs))
 	hidden.n = roundUp(hidden.n, cs)
 	for c := im.cluster(first); c < end; {
-		n, err := im.zeroSome(ctx, c, int64(end-c), zeroing{im, hidden, false})
+		n, err := im.zeroSome(ctx, c, int64(end-c), zeroing{im: im, body: hidden})
 		if err != nil {
 			return fmt.Errorf("hiding the backing file: %w", err)
 		}

@@ -19,7 +19,7 @@ func (im *Image) WriteAt(ctx context.Context, p []byte, off int64, flags block.W
 	if err := im.checkWrite(off, int64(len(p))); err != nil {
 		return err
 	}
-	if err := im.change(ctx, span{off, int64(len(p))}, func() error { return im.write(ctx, p, off) }); err != nil {
+	if err := im.writeAll(ctx, p, off); err != nil {
 		return err
 	}
 	if flags&block.WriteFUA != 0 {
@@ -96,15 +96,16 @@ func (im *Image) TryWriteAt(p []byte, off int64) error {
 }
 
 // inPlace reports whether a cluster is this image's alone and holds data, so that writing it changes no mapping.
-func inPlace(kind format.L2Kind, copied bool) bool {
-	return kind == format.KindNormal && copied
+func (im *Image) inPlace(kind format.L2Kind, copied bool) bool {
+	return kind == format.KindNormal && (copied || im.lay.DataFile) // a data file's clusters are never shared
 }
 
-func (im *Image) write(ctx context.Context, p []byte, off int64) error {
+// write writes p and returns how much of it was written before an error.
+func (im *Image) write(ctx context.Context, p []byte, off int64) (done int, err error) {
 	for len(p) > 0 {
 		run, in, err := im.lookup(off, int64(len(p)), true)
 		if err != nil {
-			return fmt.Errorf("looking up guest offset %#x: %w", off, err)
+			return done, fmt.Errorf("looking up guest offset %#x: %w", off, err)
 		}
 		n := int(im.inPlacePrefix(run, in, int64(im.runBytes(run, in, len(p)))))
 		if n > 0 {
@@ -113,11 +114,11 @@ func (im *Image) write(ctx context.Context, p []byte, off int64) error {
 			n, err = im.allocate(ctx, p, off)
 		}
 		if err != nil {
-			return err
+			return done, err
 		}
-		p, off = p[n:], off+int64(n)
+		p, off, done = p[n:], off+int64(n), done+n
 	}
-	return nil
+	return done, nil
 }
 
 // allocation is one step of a write that changes the mapping: guest clusters, or subclusters of one, get a place.
@@ -179,6 +180,9 @@ func (a *allocation) plan(most, in int64) (bool, error) {
 	if im.inPlacePrefix(run, in, 1) > 0 {
 		return false, nil
 	}
+	if im.lay.DataFile {
+		return true, a.placeInData(most, in)
+	}
 	reuse := im.mayReuseZeroed()
 	if reuse && im.reusable(e) {
 		a.host = e.Word.HostOffset()
@@ -230,7 +234,7 @@ func (im *Image) needsCluster(e meta.Entry, reuse bool) bool {
 	case im.lay.ExtendedL2:
 		return im.lay.ValidBitmap(e.Word, e.Bitmap) && !(kind == format.KindNormal && e.Word.Copied() && e.Bitmap == format.BitmapAllAlloc)
 	}
-	return !inPlace(kind, e.Word.Copied())
+	return !im.inPlace(kind, e.Word.Copied())
 }
 
 // bound widens the data, bytes [from, to) from the start of the first cluster, to what must be written with it. A cluster
@@ -242,6 +246,9 @@ func (a *allocation) bound(from, to int64) {
 	first, last := a.edit.Entry(0), a.edit.Entry(a.n-1)
 	a.from = from / unit * unit
 	a.to = (to + unit - 1) / unit * unit
+	if im.lay.DataFile { // it ends where the disk does
+		a.to = max(to, min(a.to, im.Size()-int64(a.first)<<im.lay.ClusterBits))
+	}
 	if !im.lay.ExtendedL2 {
 		return
 	}
@@ -359,6 +366,9 @@ func (a *allocation) bitmap(k int64, old meta.Entry) format.L2Bitmap {
 type retireList []meta.Retired
 
 func (l *retireList) add(lay format.Layout, e format.L2Entry, cause meta.Cause) {
+	if lay.DataFile {
+		return // what lies there is not counted
+	}
 	r := meta.Retired{Cause: cause}
 	switch lay.Kind(e) {
 	case format.KindNormal, format.KindZeroAlloc:

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/droverproject/drover/block"
@@ -30,8 +31,12 @@ func (im *Image) WriteZeroes(ctx context.Context, off, n int64, flags block.Zero
 func (im *Image) writeZeroes(ctx context.Context, off, n int64, flags block.ZeroFlags) error {
 	var body span
 	var plain bool // no mapping stands for these zeroes
+	var z zeroing
 	unmap := flags&block.ZeroUnmap != 0
 	err := im.change(ctx, span{off, n}, func() error {
+		if im.raw() {
+			return im.zeroRaw(ctx, span{off, n}, unmap && im.passRequest(), flags&block.ZeroFast != 0)
+		}
 		var head, tail span
 		head, body, tail = im.splitUnits(off, n)
 		plain = im.lay.Version < format.Version3 && (!unmap || im.backing != nil)
@@ -45,6 +50,7 @@ func (im *Image) writeZeroes(ctx context.Context, off, n int64, flags block.Zero
 				return err
 			}
 		}
+		z = im.zeroing(body, unmap)
 		return nil
 	})
 	if err != nil {
@@ -53,7 +59,7 @@ func (im *Image) writeZeroes(ctx context.Context, off, n int64, flags block.Zero
 	if plain {
 		return im.change(ctx, body, func() error { return im.zeroByWriting(ctx, body) })
 	}
-	return im.zeroMapping(ctx, zeroing{im, body, unmap})
+	return im.zeroMapping(ctx, z)
 }
 
 // span is a range of guest bytes.
@@ -143,7 +149,12 @@ func (im *Image) zeroByWriting(ctx context.Context, s span) error {
 		n := im.zeroPrefix(run, s.off, in, most)
 		if n == 0 {
 			n = min(most, int64(len(zeroChunk)))
-			if err := im.write(ctx, zeroChunk[:n], s.off); err != nil {
+			if im.lay.DataFile { // not on into a unit of zeroes, which may be too young to be written
+				n = min(n, im.lay.SubclusterSize()-s.off%im.lay.SubclusterSize())
+			}
+			if _, err := im.write(ctx, zeroChunk[:n], s.off); errors.Is(err, errZeroedLately) {
+				continue // by somebody else: look again
+			} else if err != nil {
 				return err
 			}
 		}
@@ -159,17 +170,21 @@ func (im *Image) Discard(ctx context.Context, off, n int64) error {
 	if err := im.checkWrite(off, n); err != nil {
 		return err
 	}
-	var body span
+	var z zeroing
 	err := im.change(ctx, span{off, n}, func() error {
+		if im.raw() {
+			return im.zeroRaw(ctx, span{off, n}, im.passRequest(), false)
+		}
 		if im.lay.Version >= format.Version3 || im.backing == nil {
-			_, body, _ = im.splitUnits(off, n)
+			_, body, _ := im.splitUnits(off, n)
+			z = im.zeroing(body, true)
 		}
 		return nil
 	})
 	if err != nil {
 		return err
 	}
-	return im.zeroMapping(ctx, zeroing{im, body, true})
+	return im.zeroMapping(ctx, z)
 }
 
 // zeroing makes whole units of body read as zeroes by their mapping.
@@ -177,7 +192,17 @@ type zeroing struct {
 	im    *Image
 	body  span
 	unmap bool // give host clusters up
+	punch bool // give the space of host clusters back that are not given up, or not counted
 }
+
+// zeroing returns how body is zeroed by the mapping when the guest asks for it.
+func (im *Image) zeroing(body span, unmap bool) zeroing {
+	keep := im.opts.DiscardNoUnref && im.lay.Version >= format.Version3
+	return zeroing{im, body, unmap && !keep, unmap && im.passRequest()}
+}
+
+// passRequest reports whether the host gets the space back that the guest gives up.
+func (im *Image) passRequest() bool { return im.opts.passDiscard().Request }
 
 // entry returns what the entry of the cluster at guest offset off becomes, and whether its host clusters are given up. For
 // a run of entries that are alike, one that stays as it is means that those behind it do too.
@@ -220,6 +245,16 @@ func (z zeroing) extendedEntry(e meta.Entry, off int64) (entry meta.Entry, giveU
 		e.Word, giveUp = 0, true
 	}
 	return e, giveUp
+}
+
+// left returns where the host has bytes of a cluster that was e and is zeroed, which no reference that is given up covers.
+func (z zeroing) left(e meta.Entry, off int64) span {
+	switch kind := z.im.lay.Kind(e.Word); {
+	case kind != format.KindNormal && kind != format.KindZeroAlloc, !e.Word.Copied() && !z.im.lay.DataFile:
+		return span{}
+	}
+	from, to := max(z.body.off, off), min(z.body.end(), off+z.im.lay.ClusterSize())
+	return span{int64(e.Word.HostOffset()) + from - off, to - from}
 }
 
 // zeroMapping changes the entries of the clusters that body touches. It is many requests, not one: between two of them a
@@ -277,15 +312,21 @@ func (im *Image) zeroEntries(ctx context.Context, c meta.GuestCluster, n int64, 
 		}
 	}
 	var old retireList
+	var left holes
 	edit.Put(0, n, func(k int64, e meta.Entry) meta.Entry {
-		entry, giveUp := z.entry(e, int64(c+meta.GuestCluster(k))<<im.lay.ClusterBits)
+		off := int64(c+meta.GuestCluster(k)) << im.lay.ClusterBits
+		entry, giveUp := z.entry(e, off)
 		if giveUp {
 			old.add(im.lay, e.Word, meta.CauseRequest)
+		}
+		if z.punch && entry != e && (!giveUp || im.lay.DataFile) {
+			left.add(z.left(e, off))
 		}
 		return entry
 	})
 	old.retire(im.meta.Refs)
 	im.noteZeroed()
+	left.punch(im.data)
 	return n, nil
 }
 

@@ -161,7 +161,7 @@ var Defects = []Defect{
 	{"forget-copied", "an entry of a cluster with one owner does not say so", writer,
 		"	e := meta.Entry{Word: format.MakeL2(host, true)}\n", "	e := meta.Entry{Word: format.MakeL2(host, false)}\n"},
 	{"ignore-copied", "a cluster shared with a snapshot is overwritten in place", writer,
-		"	return kind == format.KindNormal && copied\n", "	return kind == format.KindNormal\n"},
+		"kind == format.KindNormal && (copied || im.lay.DataFile)", "kind == format.KindNormal && (copied || im != nil)"},
 	{"share-l2-tables", "an L2 table shared with a snapshot is changed in place", mapping,
 		"	if e.Offset() != 0 && e.Copied() {\n		return m.tableLocked", "	if e.Offset() != 0 {\n		return m.tableLocked"},
 	{"old-l2-table-kept", "a shared L2 table keeps a reference after the copy", mapping,

@@ -166,6 +166,22 @@ func (e *Epochs) Resume() {
 	e.cond.Broadcast()
 }
 
+// Pass makes Safe(tag) true for what was unlinked by now: it lets every running request end before new ones begin. It is
+// called outside a request. It fails with ErrClosed once the image is closed.
+func (e *Epochs) Pass(tag uint64) error {
+	if e.Safe(tag) {
+		return nil
+	}
+	if err := e.Quiesce(); err != nil {
+		return err
+	}
+	defer e.Resume()
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.current.Store(max(e.current.Load(), tag+2)) // nobody is inside, and who knocks finds the epoch changed
+	return nil
+}
+
 // Close shuts the door for good and waits for the requests inside. It reports whether this call was the first.
 func (e *Epochs) Close() bool {
 	e.mu.Lock()

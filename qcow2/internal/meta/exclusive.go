@@ -66,7 +66,7 @@ func (s *Store) WriteNow(b []byte, off format.HostOff) error {
 
 // SyncNow makes every write so far durable. It is for Exclusive.
 func (s *Store) SyncNow() error {
-	if len(s.log.inDoubt()) > 0 {
+	if s.log.hasDoubt() {
 		if err := s.log.rewrite(s.file); err != nil {
 			return err
 		}

@@ -63,6 +63,7 @@ type Store struct {
 	mark dirtyMark
 	// settling: the flush that runs leaves nothing in memory. Under gate.
 	settling bool
+	data     *dataFile // nil when guest data lies in file
 
 	gate    sync.Mutex // held by the flush that runs, and by whoever has the metadata to itself
 	flushMu sync.Mutex
@@ -80,9 +81,16 @@ type settled struct {
 	epoch uint64
 }
 
+// dataFile is the external data file. Its writes have a log of their own: its sync fails by itself.
+type dataFile struct {
+	file storage.File
+	log  writeLog
+}
+
 // Config is what a Store is made of.
 type Config struct {
 	File          storage.File
+	DataFile      storage.File // the external data file, nil when there is none
 	Layout        format.Layout
 	L1Off         format.HostOff
 	L1Len         int64
@@ -107,6 +115,9 @@ type Config struct {
 // Open makes a Store. It reads the refcount table of a writable image and nothing else; the header has been validated.
 func Open(c Config) (*Store, error) {
 	s := &Store{Layout: c.Layout, Epochs: NewEpochs(), file: c.File, onFree: c.OnFree, pass: c.PassDiscard}
+	if c.DataFile != nil {
+		s.data = &dataFile{file: c.DataFile}
+	}
 	s.Map = newMapping(c.File, c.Layout, c.L1Off, c.L1Len, c.CacheBytes)
 	if !c.Writable {
 		return s, nil
@@ -138,6 +149,18 @@ func (s *Store) openRefcounts(c Config) error {
 // Wrote notes that [off, off+n) of the file was written, or may have been, which the next flush must make durable. It is
 // called after the write returned and before the request is acknowledged.
 func (s *Store) Wrote(off, n int64) { s.log.mark(off, n) }
+
+// WroteData is Wrote for guest data, which lies in the external data file where there is one.
+func (s *Store) WroteData(off, n int64) {
+	if s.data != nil {
+		s.data.log.mark(off, n)
+		return
+	}
+	s.log.mark(off, n)
+}
+
+// ZeroedData is WroteData for zeroes that were not written. There is an external data file.
+func (s *Store) ZeroedData(off, n int64) { s.data.log.markZeroed(off, n) }
 
 // Pressure runs a flush when the cache holds too much that waits for one. It is called before a request, never inside.
 func (s *Store) Pressure(ctx context.Context) error {
@@ -241,18 +264,24 @@ func (s *Store) reclaimMarked() error {
 // writeDoubtAgain repeats the writes that a failed sync left in doubt, with no request running. A flush is therefore
 // never called from inside a request.
 func (s *Store) writeDoubtAgain() error {
-	if len(s.log.inDoubt()) == 0 {
+	if !s.log.hasDoubt() && (s.data == nil || !s.data.log.hasDoubt()) {
 		return nil
 	}
 	if err := s.Epochs.Quiesce(); err == nil { // after Close nothing runs anyway
 		defer s.Epochs.Resume()
+	}
+	if s.data != nil {
+		if err := s.data.log.rewrite(s.data.file); err != nil {
+			return fmt.Errorf("external data file: %w", err)
+		}
 	}
 	return s.log.rewrite(s.file)
 }
 
 // generation is one flush's frozen copy of what memory holds and the disk does not.
 type generation struct {
-	wrote   map[int64]struct{} // where data was written, see writeLog
+	wrote   logCut // where the file was written
+	data    logCut // where the external data file was written
 	retired []Retired
 	l1      []frozenL1
 	tables  []*table // become reachable with l1
@@ -279,6 +308,9 @@ type frozenSlice struct {
 func (s *Store) freeze() *generation {
 	g := &generation{}
 	g.wrote = s.log.cut()
+	if s.data != nil {
+		g.data = s.data.log.cut()
+	}
 	g.retired = s.Refs.takeRetired()
 	s.Map.freezeL1(g)
 	s.Map.freezeSlices(g)
@@ -349,7 +381,10 @@ func (s *Store) write(g *generation) error {
 		return err
 	}
 	pointers := len(g.late) > 0 || len(g.l1) > 0 || len(g.refs.newBlocks) > 0 || g.refs.table != nil
-	wrote := len(g.wrote) > 0 || len(g.early) > 0 || len(g.refs.blocks) > 0
+	wrote := !g.wrote.empty() || len(g.early) > 0 || len(g.refs.blocks) > 0
+	if err := s.syncData(g); err != nil {
+		return err
+	}
 	if !pointers && !wrote {
 		return nil
 	}
@@ -390,6 +425,17 @@ func (s *Store) sync() error {
 	return nil
 }
 
+// syncData makes guest data in the external data file durable, before any pointer to it is written.
+func (s *Store) syncData(g *generation) error {
+	if g.data.empty() {
+		return nil
+	}
+	if err := s.data.file.Sync(); err != nil {
+		return fmt.Errorf("syncing external data file: %w", err)
+	}
+	return nil
+}
+
 // writeSlices writes frozen slices, sorted by host offset, neighbours together.
 func (s *Store) writeSlices(fs []frozenSlice) error {
 	size := s.Map.sliceSize
@@ -420,6 +466,9 @@ func (m *Mapping) writeL1(fs []frozenL1) error {
 // thaw takes back a generation that did not become durable: all of it is written again by the next flush.
 func (s *Store) thaw(g *generation) {
 	s.log.lost(g.wrote)
+	if s.data != nil {
+		s.data.log.lost(g.data)
+	}
 	s.Refs.putBackRetired(g.retired)
 	s.Refs.thaw(&g.refs)
 	m := s.Map
