@@ -1,0 +1,185 @@
+package scsi
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+
+	"github.com/droverproject/drover/block"
+)
+
+// unmap gives the space of block ranges back. What is not a whole unit of the device's stays as it is.
+func (u *Unit) unmap(c *call) error {
+	if c.cdb[1]&1 != 0 { // ANCHOR
+		return badField(1, 0)
+	}
+	if !u.provisioned() {
+		return illegal(codeInvalidOpcode)
+	}
+	n := int(binary.BigEndian.Uint16(c.cdb[7:]))
+	if n == 0 {
+		return nil
+	}
+	list := c.data.take(n)
+	if n < 8 || len(list) < 8 {
+		return illegal(codeListLength)
+	}
+	descriptors := min(int(binary.BigEndian.Uint16(list[2:])), len(list)-8) / 16
+	if descriptors > maxUnmapDescriptors {
+		return badParameter(2)
+	}
+	ranges := list[8:][:descriptors*16]
+	// All are looked at before the first is acted upon.
+	for at := 0; at < len(ranges); at += 16 {
+		lba, blocks := binary.BigEndian.Uint64(ranges[at:]), uint64(binary.BigEndian.Uint32(ranges[at+8:]))
+		if err := u.inRange(lba, blocks); err != nil {
+			return err
+		}
+	}
+	for at := 0; at < len(ranges); at += 16 {
+		off := u.bytes(binary.BigEndian.Uint64(ranges[at:]))
+		if err := u.discard(c.ctx, off, u.bytes(uint64(binary.BigEndian.Uint32(ranges[at+8:])))); err != nil {
+			return err
+		}
+	}
+	if !u.modeIs(modeWriteCache) {
+		return u.dev.Flush(c.ctx)
+	}
+	return nil
+}
+
+func (u *Unit) discard(ctx context.Context, off, n int64) error {
+	defer u.locks.lock(off, n, false)()
+	if err := u.dev.Discard(ctx, off, n); err != nil {
+		return u.writeFailed(err, off)
+	}
+	return nil
+}
+
+const (
+	sameUnmap, sameAnchor, sameNoData = 0x08, 0x10, 0x01 // bits of WRITE SAME
+)
+
+// writeSame writes one block many times. Zeroes are not written out where the device knows better.
+func (u *Unit) writeSame(c *call) error {
+	long := c.cdb[0] == 0x93
+	unmap, noData := c.cdb[1]&sameUnmap != 0, long && c.cdb[1]&sameNoData != 0
+	if c.cdb[1]&sameAnchor != 0 {
+		return badField(1, 4)
+	}
+	if unmap && !u.provisioned() {
+		return badField(1, 3)
+	}
+	lba, blocks := extent(c.cdb)
+	if err := u.inRange(lba, blocks); err != nil {
+		return err
+	}
+	if blocks == 0 || blocks > maxWriteSameBlocks { // WSNZ
+		return illegal(codeInvalidField)
+	}
+	one := make([]byte, 1<<u.shift)
+	if !noData {
+		if one = c.data.take(1 << u.shift); len(one) < 1<<u.shift {
+			return illegal(codeInvalidField)
+		}
+	}
+	off, n := u.bytes(lba), u.bytes(blocks)
+	defer u.locks.lock(off, n, false)()
+	if len(bytes.Trim(one, "\x00")) == 0 {
+		return u.zero(c.ctx, off, n, unmap)
+	}
+	return u.repeat(c, one, off, n)
+}
+
+func (u *Unit) zero(ctx context.Context, off, n int64, unmap bool) error {
+	var flags block.ZeroFlags
+	if unmap {
+		flags |= block.ZeroUnmap
+	}
+	if !u.modeIs(modeWriteCache) {
+		flags |= block.ZeroFUA
+	}
+	if err := u.dev.WriteZeroes(ctx, off, n, flags); err != nil {
+		return u.writeFailed(err, off)
+	}
+	return nil
+}
+
+// repeat fills [off, off+n) with copies of one block.
+func (u *Unit) repeat(c *call, one []byte, off, n int64) error {
+	buf := bytes.Repeat(one, int(min(n, chunk))/len(one))
+	for at := int64(0); at < n; at += int64(len(buf)) {
+		p := buf[:min(n-at, int64(len(buf)))]
+		if err := u.dev.WriteAt(c.ctx, p, off+at, u.writeFlags(false)); err != nil {
+			return u.writeFailed(err, off+at)
+		}
+	}
+	return nil
+}
+
+// sanitizeStep is how much of the disk is wiped between two looks at whether to go on.
+const sanitizeStep = 64 << 20
+
+// sanitize makes all of the disk unreadable: zeroes with the space given back, or, for an overwrite, a pattern written out.
+// It answers when it is done, IMMED or not: no reset can then interrupt what has been promised.
+func (u *Unit) sanitize(c *call) error {
+	var pattern []byte
+	if c.cdb[1]&actionMask == 0x01 {
+		var err error
+		if pattern, err = u.sanitizePattern(c); err != nil {
+			return err
+		}
+	}
+	if !u.sanitizing.CompareAndSwap(0, 1) {
+		return &senseError{key: keyNotReady, code: codeSanitizeInProgress}
+	}
+	defer u.sanitizing.Store(0)
+	size := u.bytes(u.blocks())
+	for off := int64(0); off < size; off += sanitizeStep {
+		n := min(sanitizeStep, size-off)
+		if err := u.wipe(c, off, n, pattern); err != nil {
+			return err
+		}
+		u.sanitizing.Store(1 + min(uint64(float64(off+n)/float64(size)*65535), 65535))
+	}
+	if err := u.dev.Flush(c.ctx); err != nil {
+		return u.writeFailed(err, 0)
+	}
+	return nil
+}
+
+func (u *Unit) wipe(c *call, off, n int64, pattern []byte) error {
+	defer u.locks.lock(off, n, true)()
+	if pattern == nil {
+		return u.zero(c.ctx, off, n, true)
+	}
+	return u.repeat(c, pattern, off, n)
+}
+
+// sanitizePattern returns the block that an overwrite writes.
+func (u *Unit) sanitizePattern(c *call) ([]byte, error) {
+	n := int(binary.BigEndian.Uint16(c.cdb[7:]))
+	list := c.data.take(n)
+	if n < 5 || len(list) < n {
+		return nil, illegal(codeListLength)
+	}
+	length := int(binary.BigEndian.Uint16(list[2:]))
+	if length == 0 || length > 1<<u.shift || length != len(list)-4 {
+		return nil, badParameter(2)
+	}
+	if list[0]&0x1F == 0 || list[0]&0x80 != 0 { // no overwrite at all; inverted between passes
+		return nil, badParameter(0)
+	}
+	return bytes.Repeat(list[4:], (1<<u.shift+length-1)/length)[:1<<u.shift], nil
+}
+
+// formatUnit zeroes the disk: its defects and its layout are nobody's business.
+func (u *Unit) formatUnit(c *call) error {
+	size := u.bytes(u.blocks())
+	for off := int64(0); off < size; off += sanitizeStep {
+		if err := u.wipe(c, off, min(sanitizeStep, size-off), nil); err != nil {
+			return err
+		}
+	}
+	return nil
+}
