@@ -526,7 +526,9 @@ func TestExtendedCopy(t *testing.T) {
 // TestPortGroups takes the unit to standby and back.
 func TestPortGroups(t *testing.T) {
 	u, _ := newUnit(t, mib, scsi.Options{})
-	set := func(state byte) { good(t, u, cdb(12, 0xA4, 1, 0x0A, 6, uint32(8)), scsi.Buffer{{0, 0, 0, 0, state, 0, 0, 1}}) }
+	set := func(state byte) {
+		good(t, u, cdb(12, 0xA4, 1, 0x0A, 6, uint32(8)), scsi.Buffer{{0, 0, 0, 0, state, 0, 0, 1}})
+	}
 	set(2)
 	if b := in(t, u, cdb(12, 0xA3, 1, 0x0A, 6, uint32(255))); b[4]&15 != 2 {
 		t.Errorf("% x", b)
