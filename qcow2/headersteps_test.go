@@ -2,6 +2,7 @@ package qcow2_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/droverproject/drover/qcow2"
@@ -10,11 +11,13 @@ import (
 // wholeStep makes one of the changes that concern the whole image.
 func (h *harness) wholeStep() {
 	h.t.Helper()
-	switch h.r.IntN(4) {
+	switch h.r.IntN(6) {
 	case 0, 1:
 		h.resizeStep()
 	case 2:
 		h.backingStep()
+	case 3:
+		h.amendStep()
 	default:
 		h.snapshotStep()
 	}
@@ -42,6 +45,30 @@ func (h *harness) resizeStep() {
 	if h.im.Size() != size {
 		h.t.Fatalf("%v: size %d after resizing to %d", h.v, h.im.Size(), size)
 	}
+}
+
+// amendStep changes version, refcount width and laziness, or is refused because the image as it is does not allow that.
+func (h *harness) amendStep() {
+	h.t.Helper()
+	ctx := context.Background()
+	var o qcow2.AmendOptions
+	if h.r.IntN(2) == 0 {
+		o.Version = 2 + h.r.IntN(2)
+	}
+	if h.r.IntN(2) == 0 {
+		o.RefcountBits = 1 << h.r.IntN(7)
+	}
+	if h.r.IntN(2) == 0 {
+		lazy := h.r.IntN(2) == 0
+		o.LazyRefcounts = &lazy
+	}
+	if err := h.im.Amend(ctx, o); !errors.Is(err, qcow2.ErrInvalidOption) {
+		h.must(fmt.Sprintf("amend %+v", o), err)
+		h.v.create.LazyRefcounts = o.LazyRefcounts != nil && *o.LazyRefcounts
+	}
+	info, err := qcow2.ReadInfo(ctx, h.file)
+	h.must("info", err)
+	h.v.create.Version, h.v.create.RefcountBits = info.Version, info.RefcountBits
 }
 
 // backingStep writes the name of the backing file anew, by ways that lead to the same file.

@@ -49,9 +49,9 @@ func (im *Image) resize(ctx context.Context, size int64, o ResizeOptions) error 
 	case size < old && !o.Shrink:
 		return ErrWouldShrink
 	case size < old && o.Preallocation != PreallocOff:
-		return invalid("Preallocation can only be used for growing images")
+		return optionErrorf("Preallocation can only be used for growing images")
 	case im.hdr.Version < format.Version3 && im.hdr.SnapshotCount > 0:
-		return fmt.Errorf("%w: Can't resize a v2 image which has snapshots", ErrInvalidOption)
+		return optionErrorf("Can't resize a v2 image which has snapshots")
 	}
 	if _, err := im.lay.L1EntriesFor(size); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalidOption, err)
