@@ -20,6 +20,8 @@ var (
 	ErrNoFastZero = errors.New("zeroing this range is not faster than writing it")
 	// ErrWouldBlock is returned by the TryDevice methods when the answer needs waiting.
 	ErrWouldBlock = errors.New("operation would block")
+	// ErrNoCompression is wrapped by WriteCompressed when what is to be written cannot be stored compressed.
+	ErrNoCompression = errors.New("compressed data cannot be stored here")
 	// ErrClosed is returned by every method of a device after Close.
 	ErrClosed = errors.New("device is closed")
 )
@@ -84,6 +86,13 @@ type TryDevice interface {
 	TryReadAt(p []byte, off int64) error
 	// TryWriteAt is WriteAt without flags if it can be done at once, without waiting for more than the host's page cache.
 	TryWriteAt(p []byte, off int64) error
+}
+
+// CompressedWriter is implemented by devices that can store data compressed.
+type CompressedWriter interface {
+	// WriteCompressed writes p to the disk at off, like WriteAt, and stores it compressed where that makes it smaller. What
+	// units the range must consist of is the format's; its end need not be whole where the disk ends.
+	WriteCompressed(ctx context.Context, p []byte, off int64) error
 }
 
 // Info describes a Device.

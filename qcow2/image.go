@@ -85,6 +85,7 @@ type Image struct {
 	data    storage.File // where guest clusters lie: file, or the external data file
 	nowait  storage.NowaitReader
 	dataEnd highWater // of an external data file
+	packed  sync.Pool // *[]byte, one cluster long
 	backing block.Device
 	hdr     *format.Header
 	lay     format.Layout
@@ -464,6 +465,9 @@ func (im *Image) Close() error {
 	err := im.meta.Settle()
 	if err == nil {
 		err = im.meta.CloseClean()
+	}
+	if err == nil {
+		im.meta.CutEnd()
 	}
 	im.life.Lock()
 	defer im.life.Unlock()

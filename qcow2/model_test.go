@@ -151,6 +151,8 @@ func (h *harness) step() {
 	m := h.model[off : off+n]
 	op := h.r.IntN(100)
 	switch {
+	case op < 8 && h.data == nil:
+		h.writeCompressed(off, n)
 	case op < 40:
 		p := make([]byte, n)
 		seed := byte(h.r.Uint32())
@@ -235,6 +237,31 @@ func (h *harness) checkExtents(off, n int64) {
 	if at != off+n {
 		h.t.Fatalf("%v: extents end at %d, want %d", h.v, at, off+n)
 	}
+}
+
+// writeCompressed writes whole clusters compressed, of contents that shrink by much, by little and not at all.
+func (h *harness) writeCompressed(off, n int64) {
+	h.t.Helper()
+	cs := h.v.create.ClusterSize
+	off &^= cs - 1
+	n = min((n+cs-1)&^(cs-1), int64(len(h.model))-off, max(cs, 1<<20))
+	p := h.model[off : off+n]
+	for len(p) > 0 {
+		cluster := p[:min(int64(len(p)), cs)]
+		p = p[len(cluster):]
+		mix := h.r.IntN(5)
+		for i := range cluster {
+			switch {
+			case mix == 0:
+				cluster[i] = 0
+			case mix == 1 || mix == 2 && i%4 == 0 || mix == 3 && i%64 == 0:
+				cluster[i] = byte(h.r.Uint32())
+			default:
+				cluster[i] = byte(i >> 8)
+			}
+		}
+	}
+	h.must("write compressed", h.im.WriteCompressed(context.Background(), h.model[off:off+n], off))
 }
 
 // checkRaw compares a raw data file with the model.

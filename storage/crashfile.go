@@ -21,13 +21,18 @@ import (
 //
 // A Sync that failed (FailNextSync) leaves its calls in doubt for good: no later Sync covers them.
 type CrashFile struct {
-	*MemFile // the live file: reads, Size, NextExtent, Lock, Stat and Close are its own
-	start    *MemFile
+	*MemFile           // the live file: reads, Size, NextExtent, Lock, Stat and Close are its own
+	rec      *crashLog // that of all files which lose power together
+	index    int       // among them
+	syncErr  error
+	hook     func(OpKind)
+}
 
-	mu      sync.Mutex
-	log     []Op
-	syncErr error
-	hook    func(OpKind)
+// crashLog is the record of one file or of several.
+type crashLog struct {
+	mu     sync.Mutex
+	log    []Op
+	starts []*MemFile
 }
 
 var (
@@ -38,6 +43,7 @@ var (
 // Op is one event in the life of a CrashFile.
 type Op struct {
 	Kind OpKind
+	File int    // which of the files that lose power together
 	Off  int64  // start of the range; the new length for OpTruncate
 	Len  int64  // length of the range
 	Data []byte // OpWrite: what was written. Not to be changed.
@@ -67,41 +73,51 @@ func (op Op) String() string {
 }
 
 // NewCrashFile returns a file that starts with the content of base, all of it durable. base is not used any further.
-func NewCrashFile(base *MemFile) *CrashFile {
-	return &CrashFile{MemFile: base.Clone(), start: base.Clone()}
+func NewCrashFile(base *MemFile) *CrashFile { return NewCrashFiles(base)[0] }
+
+// NewCrashFiles returns files that lose power together: they have one record, and a power cut leaves of each what it may.
+// A Sync is about its own file.
+func NewCrashFiles(bases ...*MemFile) []*CrashFile {
+	l := &crashLog{}
+	files := make([]*CrashFile, len(bases))
+	for i, base := range bases {
+		l.starts = append(l.starts, base.Clone())
+		files[i] = &CrashFile{MemFile: base.Clone(), rec: l, index: i}
+	}
+	return files
 }
 
 // Mark records an event of the test's own, for example that a flush was acknowledged to a guest.
 func (c *CrashFile) Mark(v any) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.log = append(c.log, Op{Kind: OpMark, Mark: v})
+	c.rec.mu.Lock()
+	defer c.rec.mu.Unlock()
+	c.rec.log = append(c.rec.log, Op{Kind: OpMark, Mark: v})
 }
 
 // FailNextSync makes the next Sync that begins return err.
 func (c *CrashFile) FailNextSync(err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.rec.mu.Lock()
+	defer c.rec.mu.Unlock()
 	c.syncErr = err
 }
 
 // SetHook sets a function that runs inside every changing call and every Sync, after the call has entered the record
 // and before it returns. There a test can hold a call up while others go on. nil removes it.
 func (c *CrashFile) SetHook(hook func(OpKind)) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.rec.mu.Lock()
+	defer c.rec.mu.Unlock()
 	c.hook = hook
 }
 
 // Log returns the record so far. What it points to is shared and must not be changed.
 func (c *CrashFile) Log() []Op {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return slices.Clone(c.log)
+	c.rec.mu.Lock()
+	defer c.rec.mu.Unlock()
+	return slices.Clone(c.rec.log)
 }
 
 // Explorer returns an explorer of the record so far.
-func (c *CrashFile) Explorer() *Explorer { return newExplorer(c.start, c.Log()) }
+func (c *CrashFile) Explorer() *Explorer { return newExplorer(c.rec.starts, c.Log()) }
 
 // record makes a change and enters it, in one step, so that the record has overlapping changes in their order.
 func (c *CrashFile) record(op Op, apply func() error) error {
@@ -112,15 +128,16 @@ func (c *CrashFile) record(op Op, apply func() error) error {
 	if hook != nil {
 		hook(op.Kind)
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.log[at].Done = len(c.log)
+	c.rec.mu.Lock()
+	defer c.rec.mu.Unlock()
+	c.rec.log[at].Done = len(c.rec.log)
 	return nil
 }
 
 func (c *CrashFile) enter(op Op, apply func() error) (at int, hook func(OpKind), err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.rec.mu.Lock()
+	defer c.rec.mu.Unlock()
+	op.File = c.index
 	op.before, _ = c.MemFile.Size()
 	if err := apply(); err != nil {
 		return 0, nil, err
@@ -131,8 +148,8 @@ func (c *CrashFile) enter(op Op, apply func() error) (at int, hook func(OpKind),
 			return 0, nil, err
 		}
 	}
-	c.log = append(c.log, op)
-	return len(c.log) - 1, c.hook, nil
+	c.rec.log = append(c.rec.log, op)
+	return len(c.rec.log) - 1, c.hook, nil
 }
 
 // takeImage copies the sectors that a write has touched. Data becomes a part of the copy.
@@ -193,24 +210,24 @@ func (c *CrashFile) Sync() error {
 	if hook != nil {
 		hook(OpSync)
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.rec.mu.Lock()
+	defer c.rec.mu.Unlock()
 	kind := OpSynced
 	if fail != nil {
 		kind = OpSyncFailed
 	}
-	c.log = append(c.log, Op{Kind: kind, Ref: begun})
-	c.log[begun].Done = len(c.log)
+	c.rec.log = append(c.rec.log, Op{Kind: kind, File: c.index, Ref: begun})
+	c.rec.log[begun].Done = len(c.rec.log)
 	return fail
 }
 
 func (c *CrashFile) beginSync() (begun int, hook func(OpKind), fail, err error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
+	c.rec.mu.Lock()
+	defer c.rec.mu.Unlock()
 	if err := c.MemFile.Sync(); err != nil {
 		return 0, nil, nil, err
 	}
 	fail, c.syncErr = c.syncErr, nil
-	c.log = append(c.log, Op{Kind: OpSync})
-	return len(c.log) - 1, c.hook, fail, nil
+	c.rec.log = append(c.rec.log, Op{Kind: OpSync, File: c.index})
+	return len(c.rec.log) - 1, c.hook, fail, nil
 }

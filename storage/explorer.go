@@ -21,11 +21,11 @@ import (
 // it does not change, so a state costs what its doubts cost, not what the file does. An Explorer is for one goroutine
 // at a time; the files that it makes are independent.
 type Explorer struct {
-	start *MemFile
+	start []*MemFile // as each file was at first
 	log   []Op
 
-	at   int      // the point: how many events have happened
-	base *MemFile // start plus every call before the first that is in doubt
+	at   int        // the point: how many events have happened
+	base []*MemFile // start plus every call before the first that is in doubt
 	tail []tailOp // that first call and all later ones, in order
 	n    int      // units of doubt
 }
@@ -45,8 +45,16 @@ type Unit struct {
 	Growth bool  // OpWrite: not a sector but the new length alone
 }
 
-func newExplorer(start *MemFile, log []Op) *Explorer {
-	return &Explorer{start: start, log: log, base: start.Clone()}
+func newExplorer(start []*MemFile, log []Op) *Explorer {
+	return &Explorer{start: start, log: log, base: cloneAll(start)}
+}
+
+func cloneAll(files []*MemFile) []*MemFile {
+	clones := make([]*MemFile, len(files))
+	for i, f := range files {
+		clones[i] = f.Clone()
+	}
+	return clones
 }
 
 // Len returns the last point: the length of the record.
@@ -82,7 +90,7 @@ func (e *Explorer) Seek(point int) error {
 		return fmt.Errorf("point %d is not in a record of %d events", point, len(e.log))
 	}
 	if point < e.at {
-		e.at, e.tail, e.base = 0, nil, e.start.Clone()
+		e.at, e.tail, e.base = 0, nil, cloneAll(e.start)
 	}
 	for ; e.at < point; e.at++ {
 		e.step(e.at)
@@ -99,14 +107,16 @@ func (e *Explorer) step(i int) {
 		for k := range e.tail {
 			t := &e.tail[k]
 			done := e.log[t.op].Done
-			if t.op < op.Ref && done > 0 && done <= op.Ref && !t.doomed {
+			if e.log[t.op].File == op.File && t.op < op.Ref && done > 0 && done <= op.Ref && !t.doomed {
 				t.durable = true
 			}
 		}
 		e.advanceBase()
 	case OpSyncFailed:
 		for k := range e.tail {
-			e.tail[k].doomed = !e.tail[k].durable
+			if e.log[e.tail[k].op].File == op.File {
+				e.tail[k].doomed = !e.tail[k].durable
+			}
 		}
 	default:
 		e.tail = append(e.tail, tailOp{op: i})
@@ -118,7 +128,8 @@ func (e *Explorer) step(i int) {
 func (e *Explorer) advanceBase() {
 	k := 0
 	for ; k < len(e.tail) && e.tail[k].durable; k++ {
-		applyWhole(e.base, &e.log[e.tail[k].op])
+		op := &e.log[e.tail[k].op]
+		applyWhole(e.base[op.File], op)
 	}
 	e.tail = e.tail[k:]
 }
@@ -180,17 +191,20 @@ func (e *Explorer) Units() []Unit {
 }
 
 // Build returns the file that a power cut at the point leaves when the units in keep reached the disk.
-func (e *Explorer) Build(keep UnitSet) *MemFile {
-	f := e.base.Clone()
+func (e *Explorer) Build(keep UnitSet) *MemFile { return e.BuildAll(keep)[0] }
+
+// BuildAll is Build for files that lose power together.
+func (e *Explorer) BuildAll(keep UnitSet) []*MemFile {
+	files := cloneAll(e.base)
 	for _, t := range e.tail {
 		op := &e.log[t.op]
 		if t.durable {
-			applyWhole(f, op)
+			applyWhole(files[op.File], op)
 		} else {
-			applyKept(f, op, keep, t.unit)
+			applyKept(files[op.File], op, keep, t.unit)
 		}
 	}
-	return f
+	return files
 }
 
 // applyWhole repeats a call. It cannot fail where the call did not: a MemFile refuses ranges, never content.
@@ -346,6 +360,7 @@ type CrashState struct {
 	Kept  UnitSet // valid until the next state
 	Units int     // how many units there were to keep
 	Image *MemFile
+	Files []*MemFile // Image, and those that lost power with it
 	Marks []any // the marks set before the point
 }
 
@@ -369,8 +384,8 @@ func (e *Explorer) Explore(o ExploreOptions, check func(CrashState) error) error
 			return err
 		}
 		marks := e.Marks()
-		for kept, image := range e.States(o) {
-			s := CrashState{Point: p, Kept: kept, Units: e.n, Image: image, Marks: marks}
+		for kept, files := range e.AllStates(o) {
+			s := CrashState{Point: p, Kept: kept, Units: e.n, Image: files[0], Files: files, Marks: marks}
 			if err := check(s); err != nil {
 				return fmt.Errorf("%v: %w", s, err)
 			}
@@ -383,9 +398,20 @@ func (e *Explorer) Explore(o ExploreOptions, check func(CrashState) error) error
 // (nothing, everything, prefixes, all but one, only one, for units and for whole calls) and a random sample. The set is
 // valid until the next step. States may repeat.
 func (e *Explorer) States(o ExploreOptions) iter.Seq2[UnitSet, *MemFile] {
-	o = o.withDefaults()
 	return func(yield func(UnitSet, *MemFile) bool) {
-		e.choices(o, func(keep UnitSet) bool { return yield(keep, e.Build(keep)) })
+		for keep, files := range e.AllStates(o) {
+			if !yield(keep, files[0]) {
+				return
+			}
+		}
+	}
+}
+
+// AllStates is States for files that lose power together.
+func (e *Explorer) AllStates(o ExploreOptions) iter.Seq2[UnitSet, []*MemFile] {
+	o = o.withDefaults()
+	return func(yield func(UnitSet, []*MemFile) bool) {
+		e.choices(o, func(keep UnitSet) bool { return yield(keep, e.BuildAll(keep)) })
 	}
 }
 

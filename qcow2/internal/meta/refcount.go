@@ -43,7 +43,10 @@ type Refcounts struct {
 	newBlocks []int // blocks whose table entry is not on disk
 
 	increased bool // a count rose since the last freeze
-	retired   []Retired
+	freed     bool // a cluster has become free since the image was opened
+	// tail is where the next compressed cluster may begin, 0 when in a new host cluster.
+	tail    format.HostOff
+	retired []Retired
 
 	// starts[k]: no free run of 2^k clusters or more begins before it.
 	starts [runClasses]format.ClusterIdx
@@ -240,6 +243,8 @@ func (rc *Refcounts) set(b int, slot int64, v uint64) {
 	blk.free[slot/64] |= 1 << (slot % 64)
 	c := format.ClusterIdx(b)*rc.perBlock() + format.ClusterIdx(slot)
 	rc.virgin = max(rc.virgin, c+1)
+	rc.freed = true
+	rc.leaveTail(c)
 	for k := range rc.starts {
 		back := format.ClusterIdx(1)<<k - 1
 		rc.starts[k] = min(rc.starts[k], c-min(c, back))

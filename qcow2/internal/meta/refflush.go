@@ -146,6 +146,9 @@ func (rc *Refcounts) sameFate(c format.ClusterIdx, n int64) (last bool, run int6
 				return last, run, nil
 			}
 			last = one
+			if one {
+				rc.leaveTail(c + format.ClusterIdx(run)) // before the hole is punched
+			}
 			run++
 		}
 	}

@@ -119,6 +119,16 @@ func (s *Store) TruncateFree() error {
 	return s.SyncNow()
 }
 
+// CutEnd gives the free end of the file back if something was freed since the image was opened. It is for the end, after
+// Settle and CloseClean: what the disk holds says that nothing is there. What fails costs space only.
+func (s *Store) CutEnd() {
+	s.gate.Lock()
+	defer s.gate.Unlock()
+	if s.Refs != nil && s.Refs.freed && !s.mark.on.Load() {
+		_ = s.TruncateFree()
+	}
+}
+
 // dropEmptyBlocks takes refcount blocks off the end that lie in the part of the file they count and count nothing else.
 // They are there because the file was longer once, or was expected to become so.
 func (rc *Refcounts) dropEmptyBlocks(s *Store) error {

@@ -63,7 +63,8 @@ type Store struct {
 	mark dirtyMark
 	// settling: the flush that runs leaves nothing in memory. Under gate.
 	settling bool
-	data     *dataFile // nil when guest data lies in file
+	data     *dataFile  // nil when guest data lies in file
+	packMu   sync.Mutex // compressed clusters are written one after the other
 
 	gate    sync.Mutex // held by the flush that runs, and by whoever has the metadata to itself
 	flushMu sync.Mutex
