@@ -56,6 +56,10 @@ type checker struct {
 	tables tableRefs
 	stored *storedRefcounts
 
+	// Of a part of a walk: the references found, in place of refs, and why it ended early.
+	runs    *refRuns
+	failure error
+
 	repairFacts
 }
 
@@ -196,9 +200,8 @@ func (c *checker) reference(off format.HostOff, n, times uint64) {
 			"more: offset 0x%x size 0x%x", off, n)
 		return
 	}
-	for i := c.l.Cluster(off); i <= c.l.Cluster(off+format.HostOff(n)-1); i++ {
-		c.referenceCluster(i, times)
-	}
+	first := c.l.Cluster(off)
+	c.referenceClusters(first, uint64(c.l.Cluster(off+format.HostOff(n)-1)-first)+1, times)
 }
 
 // lostSight notes a reference that cannot be followed.
@@ -218,9 +221,26 @@ func (c *checker) inFile(off format.HostOff, n uint64) bool {
 
 // referenceCluster counts references to one cluster, which is known to be in the file.
 func (c *checker) referenceCluster(i format.ClusterIdx, times uint64) {
-	c.clusters = max(c.clusters, uint64(i)+1)
-	if lost := c.refs.add(i, times, c.maxCount); lost > 0 {
-		c.corrupt(lost, at(c.l.Offset(i)), "ERROR: overflow cluster offset=0x%x", c.l.Offset(i))
+	c.referenceClusters(i, 1, times)
+}
+
+// referenceClusters counts references to each of n clusters.
+func (c *checker) referenceClusters(first format.ClusterIdx, n, times uint64) {
+	if c.runs != nil {
+		c.runs.add(first, n, times)
+		return
+	}
+	end := first + format.ClusterIdx(n)
+	c.clusters = max(c.clusters, uint64(end))
+	for i := first; i < end; {
+		page := c.refs.touch(uint64(i) / pageClusters)
+		for stop := min(end, (i/pageClusters+1)*pageClusters); i < stop; i++ {
+			if sum := uint64(page[i%pageClusters]) + times; sum < manyRefs && sum <= c.maxCount {
+				page[i%pageClusters] = uint16(sum)
+			} else if lost := c.refs.addTo(page, i, times, c.maxCount); lost > 0 {
+				c.corrupt(lost, at(c.l.Offset(i)), "ERROR: overflow cluster offset=0x%x", c.l.Offset(i))
+			}
+		}
 	}
 }
 

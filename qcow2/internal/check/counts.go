@@ -17,22 +17,54 @@ const manyRefs = math.MaxUint16
 
 type countPage [pageClusters]uint16
 
+// chunkPages is how many pages are found by one look into the map.
+const chunkPages = 512
+
+type countChunk [chunkPages]*countPage
+
 // counts holds how many references were found to each host cluster. It takes memory only for pages that were touched.
 type counts struct {
-	pages map[uint64]*countPage
-	many  map[format.ClusterIdx]uint64
-	// The page used last: references come in runs.
-	last    *countPage
+	chunks map[uint64]*countChunk
+	many   map[format.ClusterIdx]uint64
+	// The chunk used last: references come in runs.
+	last    *countChunk
 	lastNum uint64
 }
 
 func newCounts() *counts {
-	return &counts{pages: make(map[uint64]*countPage), many: make(map[format.ClusterIdx]uint64)}
+	return &counts{chunks: make(map[uint64]*countChunk), many: make(map[format.ClusterIdx]uint64)}
+}
+
+// page returns a page by its number, nil if it was never touched.
+func (c *counts) page(num uint64) *countPage {
+	chunk := c.last
+	if chunk == nil || c.lastNum != num/chunkPages {
+		if chunk = c.chunks[num/chunkPages]; chunk == nil {
+			return nil
+		}
+		c.last, c.lastNum = chunk, num/chunkPages
+	}
+	return chunk[num%chunkPages]
+}
+
+// touch returns a page, made if need be.
+func (c *counts) touch(num uint64) *countPage {
+	if page := c.page(num); page != nil {
+		return page
+	}
+	chunk := c.chunks[num/chunkPages]
+	if chunk == nil {
+		chunk = new(countChunk)
+		c.chunks[num/chunkPages] = chunk
+	}
+	page := new(countPage)
+	chunk[num%chunkPages] = page
+	return page
 }
 
 // get returns the number of references to a cluster.
 func (c *counts) get(i format.ClusterIdx) uint64 {
-	page := c.pages[uint64(i)/pageClusters]
+	page := c.page(uint64(i) / pageClusters)
 	if page == nil {
 		return 0
 	}
@@ -48,23 +80,19 @@ func (c *counts) inPage(page *countPage, i format.ClusterIdx) uint64 {
 
 // add adds n references to a cluster, but stays at limit. It returns how many did not fit.
 func (c *counts) add(i format.ClusterIdx, n, limit uint64) (lost uint64) {
-	num := uint64(i) / pageClusters
-	if c.last == nil || c.lastNum != num {
-		page := c.pages[num]
-		if page == nil {
-			page = new(countPage)
-			c.pages[num] = page
-		}
-		c.last, c.lastNum = page, num
-	}
-	old := c.inPage(c.last, i)
+	return c.addTo(c.touch(uint64(i)/pageClusters), i, n, limit)
+}
+
+// addTo is add for a cluster of a page that is at hand.
+func (c *counts) addTo(page *countPage, i format.ClusterIdx, n, limit uint64) (lost uint64) {
+	old := c.inPage(page, i)
 	if room := limit - old; n > room {
 		n, lost = room, n-room
 	}
 	if sum := old + n; sum < manyRefs {
-		c.last[i%pageClusters] = uint16(sum)
+		page[i%pageClusters] = uint16(sum)
 	} else {
-		c.last[i%pageClusters] = manyRefs
+		page[i%pageClusters] = manyRefs
 		c.many[i] = sum
 	}
 	return lost
@@ -72,16 +100,20 @@ func (c *counts) add(i format.ClusterIdx, n, limit uint64) (lost uint64) {
 
 // remove takes the only reference to a cluster away.
 func (c *counts) remove(i format.ClusterIdx) {
-	if page := c.pages[uint64(i)/pageClusters]; page != nil {
+	if page := c.page(uint64(i) / pageClusters); page != nil {
 		page[i%pageClusters] = 0
 	}
 }
 
 // pageNumbers returns the numbers of the touched pages in order.
 func (c *counts) pageNumbers() []uint64 {
-	nums := make([]uint64, 0, len(c.pages))
-	for n := range c.pages {
-		nums = append(nums, n)
+	var nums []uint64
+	for num, chunk := range c.chunks {
+		for k, page := range chunk {
+			if page != nil {
+				nums = append(nums, num*chunkPages+uint64(k))
+			}
+		}
 	}
 	slices.Sort(nums)
 	return nums
@@ -127,4 +159,23 @@ func (r *tableRefs) merge() {
 		last.active += ref.active
 	}
 	r.list, r.merged = out, len(out)
+}
+
+// refRun is references to n clusters in a row.
+type refRun struct {
+	first    format.ClusterIdx
+	n, times uint64
+}
+
+// refRuns is a list of references that are yet to be counted.
+type refRuns struct{ list []refRun }
+
+func (r *refRuns) add(first format.ClusterIdx, n, times uint64) {
+	if k := len(r.list) - 1; k >= 0 {
+		if last := &r.list[k]; last.times == times && last.first+format.ClusterIdx(last.n) == first {
+			last.n += n
+			return
+		}
+	}
+	r.list = append(r.list, refRun{first, n, times})
 }

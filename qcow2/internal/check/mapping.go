@@ -3,6 +3,9 @@ package check
 import (
 	"errors"
 	"io"
+	"math"
+	"slices"
+	"sync"
 
 	"github.com/droverproject/drover/qcow2/internal/format"
 )
@@ -158,41 +161,127 @@ func (c *checker) checkSnapshotL1(s *format.Snapshot) bool {
 // walkL2Tables counts the references of each L2 table that something refers to.
 func (c *checker) walkL2Tables() error {
 	c.tables.merge()
-	var unaligned int64
-	return c.eachL2(c.tables.list, func(words []uint64, ref *tableRef) error {
-		if !c.l.Aligned(ref.off) {
-			if unaligned += c.l.ClusterSize(); unaligned > c.fileSize+c.l.ClusterSize() {
-				return nil
-			}
+	list := c.walkable()
+	next := func() ([]tableRef, bool) {
+		if len(list) == 0 {
+			return nil, false
 		}
-		c.l2Table(words, ref)
+		n, _ := batch(list, c.l.ClusterSize())
+		piece := list[:n]
+		list = list[n:]
+		return piece, true
+	}
+	if len(list) > 0 {
+		if n, _ := batch(list, c.l.ClusterSize()); n == len(list) { // one read: not worth a worker
+			return c.eachL2(list, func(words []uint64, ref *tableRef) error {
+				c.l2Table(words, ref)
+				return nil
+			})
+		}
+	}
+	return inOrder(next, c.walkPart, c.takePart)
+}
+
+// walkable returns the L2 tables without those at unaligned offsets that are too many: such tables overlap.
+func (c *checker) walkable() []tableRef {
+	unaligned, list := int64(0), c.tables.list
+	for i := range list {
+		if c.l.Aligned(list[i].off) {
+			continue
+		}
+		if unaligned += c.l.ClusterSize(); unaligned > c.fileSize+c.l.ClusterSize() {
+			return slices.DeleteFunc(slices.Clone(list), c.tooManyUnaligned())
+		}
+	}
+	return list
+}
+
+// tooManyUnaligned returns a function that is true for unaligned tables from the moment on that they take more bytes than
+// the file has.
+func (c *checker) tooManyUnaligned() func(tableRef) bool {
+	unaligned := int64(0)
+	return func(ref tableRef) bool {
+		if c.l.Aligned(ref.off) {
+			return false
+		}
+		unaligned += c.l.ClusterSize()
+		return unaligned > c.fileSize+c.l.ClusterSize()
+	}
+}
+
+// walkPart walks some L2 tables on its own: it changes nothing of c, but returns a checker with what it found.
+func (c *checker) walkPart(list []tableRef) (*checker, error) {
+	part := &checker{ctx: c.ctx, file: c.file, maxFindings: c.maxFindings, rep: &Report{}, runs: new(refRuns),
+		h: c.h, l: c.l, fileSize: c.fileSize, maxCount: c.maxCount, stored: c.stored}
+	if c.opts.OnFinding != nil {
+		part.maxFindings = math.MaxInt
+	}
+	part.failure = part.eachL2(list, func(words []uint64, ref *tableRef) error {
+		part.l2Table(words, ref)
 		return nil
 	})
+	return part, nil
 }
+
+// takePart adds what a part has found.
+func (c *checker) takePart(part *checker) error {
+	c.rep.CheckErrors += part.rep.CheckErrors
+	c.rep.Corruptions += part.rep.Corruptions
+	c.rep.AllocatedClusters += part.rep.AllocatedClusters
+	c.rep.FragmentedClusters += part.rep.FragmentedClusters
+	c.rep.CompressedClusters += part.rep.CompressedClusters
+	for _, f := range part.rep.Findings {
+		c.keep(f)
+	}
+	c.rep.FindingsDropped += part.rep.FindingsDropped
+	c.copied += part.copied
+	if part.blind {
+		c.blind = true
+	}
+	if part.far != 0 && (c.far == 0 || part.far < c.far) {
+		c.far = part.far
+	}
+	for _, r := range part.runs.list {
+		c.referenceClusters(r.first, r.n, r.times)
+	}
+	if part.failure != nil {
+		return part.failure
+	}
+	return c.ctx.Err()
+}
+
+// tableBuffer is what reading L2 tables needs.
+type tableBuffer struct {
+	bytes []byte
+	words []uint64
+}
+
+var tableBuffers = sync.Pool{New: func() any { return new(tableBuffer) }}
 
 // eachL2 calls fn for each of a list of L2 tables, which are in the order of the file. words are reused.
 func (c *checker) eachL2(list []tableRef, fn func(words []uint64, ref *tableRef) error) error {
 	size := c.l.ClusterSize()
-	var (
-		buf   []byte
-		words = make([]uint64, size/8)
-	)
+	b := tableBuffers.Get().(*tableBuffer)
+	defer tableBuffers.Put(b)
+	if int64(len(b.words)) != size/8 {
+		b.words = make([]uint64, size/8)
+	}
 	for len(list) > 0 {
 		if err := c.ctx.Err(); err != nil {
 			return err
 		}
 		n, length := batch(list, size)
-		if cap(buf) < length {
-			buf = make([]byte, length)
+		if len(b.bytes) < length {
+			b.bytes = make([]byte, length)
 		}
-		if err := c.readInto(buf[:length], list[0].off); err != nil {
+		if err := c.readInto(b.bytes[:length], list[0].off); err != nil {
 			return c.failed("L2 table", list[0].off, err)
 		}
 		for i := range list[:n] {
 			ref := &list[i]
 			from := ref.off - list[0].off
-			format.DecodeTable(words, buf[from:int64(from)+size])
-			if err := fn(words, ref); err != nil {
+			format.DecodeTable(b.words, b.bytes[from:int64(from)+size])
+			if err := fn(b.words, ref); err != nil {
 				return err
 			}
 		}

@@ -103,8 +103,8 @@ func (b *rebuilder) placeTable() (bool, error) {
 func (b *rebuilder) missing() []int64 {
 	need := make(map[int64]bool)
 	l := b.c.l
-	for page, counted := range b.fresh.refs.pages {
-		for k, v := range counted {
+	for _, page := range b.fresh.refs.pageNumbers() {
+		for k, v := range b.fresh.refs.page(page) {
 			if v != 0 {
 				need[l.RefTableIndex(format.ClusterIdx(page*pageClusters)+format.ClusterIdx(k))] = true
 			}

@@ -12,14 +12,13 @@ type storedRefcounts struct {
 	table []format.RefTableEntry // as far as it is in the file
 	// blocks holds the refcount blocks by host offset. A block that is named but not here is not in the file: zeroes.
 	blocks map[format.HostOff][]byte
-	// The block used last: lookups come in runs.
-	last    []byte
-	lastNum int64
+	// byNum holds them by the table's index.
+	byNum [][]byte
 }
 
 // loadRefcountTable reads the refcount table and all blocks that are where a block can be.
 func (c *checker) loadRefcountTable() (*storedRefcounts, error) {
-	s := &storedRefcounts{l: c.l, blocks: make(map[format.HostOff][]byte), lastNum: -1}
+	s := &storedRefcounts{l: c.l, blocks: make(map[format.HostOff][]byte)}
 	n := uint64(c.h.RefTableLen) << c.l.ClusterBits
 	err := c.words(c.h.RefTableOffset, n, func(_ int64, words []uint64) error {
 		for _, w := range words {
@@ -30,21 +29,41 @@ func (c *checker) loadRefcountTable() (*storedRefcounts, error) {
 	if err != nil {
 		return nil, c.failed("the refcount table", c.h.RefTableOffset, err)
 	}
-	for _, e := range s.table {
-		off := e.Offset()
-		if off == 0 || s.blocks[off] != nil || !c.l.Aligned(off) || c.inside(off, 1) == 0 {
-			continue
-		}
-		if err := c.ctx.Err(); err != nil {
-			return nil, err
-		}
-		block, err := c.read(off, c.l.ClusterSize())
-		if err != nil {
-			return nil, c.failed("refcount block", off, err)
-		}
-		s.blocks[off] = block
+	if err := c.loadBlocks(s); err != nil {
+		return nil, err
+	}
+	used := len(s.table)
+	for used > 0 && s.table[used-1] == 0 {
+		used--
+	}
+	s.byNum = make([][]byte, used)
+	for i := range s.byNum {
+		s.byNum[i] = s.blocks[s.table[i].Offset()]
 	}
 	return s, nil
+}
+
+// loadBlocks reads the refcount blocks, several at a time.
+func (c *checker) loadBlocks(s *storedRefcounts) error {
+	var list []format.HostOff
+	for _, e := range s.table {
+		if off := e.Offset(); off != 0 && s.blocks[off] == nil && c.l.Aligned(off) && c.inside(off, 1) > 0 {
+			s.blocks[off] = []byte{} // found again below
+			list = append(list, off)
+		}
+	}
+	blocks, err := parallel(c.ctx, len(list), func(i int) ([]byte, error) {
+		b, err := c.read(list[i], c.l.ClusterSize())
+		return b, err
+	})
+	if err != nil {
+		i := len(blocks) // the first that could not be read
+		return c.failed("refcount block", list[min(i, len(list)-1)], err)
+	}
+	for i, off := range list {
+		s.blocks[off] = blocks[i]
+	}
+	return nil
 }
 
 // block returns the refcount block of that number, nil if all its refcounts are 0. It reports false if the refcount
@@ -57,7 +76,7 @@ func (s *storedRefcounts) block(num int64) ([]byte, bool) {
 	if off == 0 {
 		return nil, true
 	}
-	return s.blocks[off], s.l.Aligned(off) && off <= maxFileOffset
+	return s.byNum[num], s.l.Aligned(off) && off <= maxFileOffset
 }
 
 // maxFileOffset is the end of the longest file that QEMU reads.
@@ -66,14 +85,13 @@ const maxFileOffset format.HostOff = 1<<63 - 1<<30
 // get returns the stored refcount of a cluster.
 func (s *storedRefcounts) get(i format.ClusterIdx) (uint64, bool) {
 	num := s.l.RefTableIndex(i)
-	if num != s.lastNum || s.last == nil {
-		block, ok := s.block(num)
-		if block == nil {
-			return 0, ok
+	if uint64(num) < uint64(len(s.byNum)) {
+		if block := s.byNum[num]; block != nil {
+			return s.l.Refcount(block, s.l.RefBlockIndex(i)), true
 		}
-		s.last, s.lastNum = block, num
 	}
-	return s.l.Refcount(s.last, s.l.RefBlockIndex(i)), true
+	_, ok := s.block(num)
+	return 0, ok
 }
 
 // walkRefcountTable counts the references to the refcount blocks. All other references have been counted, so that a
@@ -176,7 +194,7 @@ func (c *checker) eachPart(fn func(refPart) error) error {
 // pageParts calls fn for the clusters of a page, block by block.
 func (c *checker) pageParts(page uint64, fn func(refPart) error) error {
 	end := min((page+1)*pageClusters, c.clusters)
-	counted := c.refs.pages[page]
+	counted := c.refs.page(page)
 	for lo := page * pageClusters; lo < end; {
 		num := c.l.RefTableIndex(format.ClusterIdx(lo))
 		hi := min(end, uint64(num+1)*uint64(c.l.RefcountsPerBlock()))
@@ -198,7 +216,7 @@ func (c *checker) unknownRefcounts(lo, hi uint64) {
 
 // comparePart compares the clusters of a part.
 func (c *checker) comparePart(p refPart) {
-	for i := format.ClusterIdx(p.lo); i < format.ClusterIdx(p.hi); i++ {
+	for i := c.skipEqual(p); i < format.ClusterIdx(p.hi); i++ {
 		stored, found := c.both(&p, i)
 		if stored > 0 || found > 0 {
 			c.rep.ImageEndOffset = int64(i+1) << c.l.ClusterBits // pages come in ascending order
@@ -208,6 +226,31 @@ func (c *checker) comparePart(p refPart) {
 			c.differ(i, stored, found)
 		}
 	}
+}
+
+// skipEqual returns the first cluster of a part whose refcount may be wrong: the quick way for the usual width.
+func (c *checker) skipEqual(p refPart) format.ClusterIdx {
+	i := format.ClusterIdx(p.lo)
+	if c.l.RefcountOrder != 4 || p.block == nil || p.counted == nil {
+		return i
+	}
+	n := int(p.hi - p.lo)
+	stored := p.block[2*c.l.RefBlockIndex(i):][:2*n]
+	found := p.counted[p.lo%pageClusters:][:n]
+	used := -1
+	for k, v := range found {
+		if uint16(stored[2*k])<<8|uint16(stored[2*k+1]) != v || v == manyRefs {
+			n = k
+			break
+		}
+		if v != 0 {
+			used = k
+		}
+	}
+	if used >= 0 {
+		c.rep.ImageEndOffset = int64(i+format.ClusterIdx(used)+1) << c.l.ClusterBits
+	}
+	return i + format.ClusterIdx(n)
 }
 
 // both returns the stored refcount of a cluster of the part and the number of references found.

@@ -212,7 +212,7 @@ func TestRepairBeforePowerFails(t *testing.T) {
 			}
 			want := reachable(t, contentOf(t, file))
 			states := 0
-			err = file.Explorer().Explore(storage.ExploreOptions{Exhaustive: 8, PerFamily: 32, Samples: 32}, func(s storage.CrashState) error {
+			err = file.Explorer().Explore(storage.ExploreOptions{Exhaustive: 6, PerFamily: 12, Samples: 12}, func(s storage.CrashState) error {
 				states++
 				rep, err := Repair(context.Background(), s.Image, RepairOptions{Mode: RepairAll})
 				if err != nil {

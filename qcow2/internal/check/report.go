@@ -108,17 +108,20 @@ func (c *checker) found(kind Kind, times uint64, p place, message string, args .
 	case Failure:
 		c.rep.CheckErrors += int64(times)
 	}
-	keep := len(c.rep.Findings) < c.maxFindings
-	if !keep {
+	if len(c.rep.Findings) >= c.maxFindings && c.opts.OnFinding == nil {
 		c.rep.FindingsDropped++
-	}
-	if !keep && c.opts.OnFinding == nil {
 		return
 	}
-	f := Finding{Kind: kind, Times: times, Host: p.host, Guest: p.guest, HasGuest: p.hasGuest,
-		Message: fmt.Sprintf(message, args...)}
-	if keep {
+	c.keep(Finding{Kind: kind, Times: times, Host: p.host, Guest: p.guest, HasGuest: p.hasGuest,
+		Message: fmt.Sprintf(message, args...)})
+}
+
+// keep keeps a finding that was counted, if there is room.
+func (c *checker) keep(f Finding) {
+	if len(c.rep.Findings) < c.maxFindings {
 		c.rep.Findings = append(c.rep.Findings, f)
+	} else {
+		c.rep.FindingsDropped++
 	}
 	if c.opts.OnFinding != nil {
 		c.opts.OnFinding(f)

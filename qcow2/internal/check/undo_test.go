@@ -49,7 +49,7 @@ func TestUndo(t *testing.T) {
 			if err := takeBack(file.Clone(), log, x.b); err != nil {
 				t.Fatal(err)
 			}
-			err = file.Explorer().Explore(storage.ExploreOptions{Exhaustive: 7, PerFamily: 16, Samples: 16}, func(s storage.CrashState) error {
+			err = file.Explorer().Explore(storage.ExploreOptions{Exhaustive: 6, PerFamily: 12, Samples: 12}, func(s storage.CrashState) error {
 				return takeBack(s.Image, log, x.b)
 			})
 			if err != nil {
