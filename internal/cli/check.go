@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -118,9 +119,11 @@ func (a *app) check(ctx context.Context, src *source, asJSON, quiet bool) (err e
 	if format != "qcow2" {
 		return &exitError{exitNotCheckable, msgNotCheckable}
 	}
+	findings := bufio.NewWriter(a.err) // there may be millions
 	rep, err := qcow2.CheckFile(ctx, file, qcow2.CheckOptions{OnFinding: func(f qcow2.CheckFinding) {
-		fmt.Fprintln(a.err, f.Message)
+		fmt.Fprintln(findings, f.Message)
 	}})
+	_ = findings.Flush() // who does not want to hear of errors still gets the exit code
 	if err != nil && rep == nil {
 		return openError(src.name, err)
 	}

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -20,8 +21,9 @@ func (a *app) repair(ctx context.Context, src *source, flags *checkFlags) (err e
 	if format != "qcow2" {
 		return &exitError{exitNotCheckable, msgNotCheckable}
 	}
+	findings := bufio.NewWriter(a.err) // there may be millions
 	o := qcow2.RepairOptions{Mode: qcow2.RepairLeaks, Preview: flags.preview, OnFinding: func(f qcow2.CheckFinding) {
-		fmt.Fprintln(a.err, f.Message)
+		fmt.Fprintln(findings, f.Message)
 	}}
 	if flags.repair == "all" {
 		o.Mode = qcow2.RepairAll
@@ -35,6 +37,7 @@ func (a *app) repair(ctx context.Context, src *source, flags *checkFlags) (err e
 		o.Undo = log
 	}
 	rep, err := qcow2.RepairFile(ctx, file, o)
+	_ = findings.Flush()
 	if err != nil && (rep == nil || rep.Before == nil) {
 		return openError(src.name, err)
 	}
