@@ -54,7 +54,7 @@ func (im *Image) reload() error {
 	im.size.Store(hdr.DiskSize())
 	im.incompat = hdr.Incompat
 	im.noteInfo()
-	return nil
+	return im.bitmapsReloaded()
 }
 
 // writeField writes bytes of the header that lie in one sector, so that a power cut leaves the old ones or the new, and

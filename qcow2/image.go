@@ -47,6 +47,9 @@ type Options struct {
 	// DiscardNoUnref keeps the host clusters that the guest discards, so that they need not be found again. Their space is
 	// given back to the host as PassDiscardRequest says.
 	DiscardNoUnref bool
+	// BitmapSaveInterval is how often an image that nobody writes to has its dirty bitmaps saved, so that a crash from then on
+	// loses none of them; 0 means the default, a negative value never.
+	BitmapSaveInterval time.Duration
 	// LazyRefcounts says whether refcounts may stay in memory until the image is closed, with the dirty bit set meanwhile; by
 	// default the header does. Version 3 only.
 	LazyRefcounts Switch
@@ -100,6 +103,7 @@ type Image struct {
 	incompat uint64 // the incompatible features on the disk, under headMu
 	broken   error  // set by exclusive when the metadata could not be read again: no request is served any more
 	meta     *meta.Store
+	bm       bitmaps
 	clusters *clusterCache
 	cow      sync.Pool     // *[]byte, two clusters long
 	zeroedAt atomic.Uint64 // the epoch in which entries last became zero, see mayReuseZeroed
@@ -213,8 +217,12 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 			return nil, err
 		}
 	}
+	if err := im.loadBitmaps(); err != nil {
+		return nil, err
+	}
 	im.noteInfo()
 	im.startSweeps(o.CacheCleanInterval)
+	im.startSaves(o.BitmapSaveInterval)
 	return im, nil
 }
 
@@ -302,7 +310,6 @@ func (im *Image) refuse(o Options) error {
 		{h.Incompat&format.IncompatCorrupt != 0, "it is marked corrupt"},
 		{im.lay.DataFile && h.SnapshotCount > 0, "it has both an external data file and internal snapshots"},
 		{im.lay.DataFile && o.DataFile.Stat().ReadOnly, "the external data file is read-only"},
-		{h.Bitmaps != nil, "it has dirty bitmaps, and maintaining them is not available in this version"},
 	} {
 		if c.yes {
 			why = append(why, c.why)
@@ -460,9 +467,14 @@ func (im *Image) Close() error {
 	}
 	if im.stopSweeps != nil {
 		close(im.stopSweeps)
-		im.swept.Wait()
 	}
+	im.bm.stopSaves()
+	im.swept.Wait()
 	err := im.meta.Settle()
+	var bitmapErr error
+	if err == nil {
+		bitmapErr = im.closeBitmaps()
+	}
 	if err == nil {
 		err = im.meta.CloseClean()
 	}
@@ -471,7 +483,7 @@ func (im *Image) Close() error {
 	}
 	im.life.Lock()
 	defer im.life.Unlock()
-	errs := []error{err, im.file.Close()}
+	errs := []error{err, bitmapErr, im.file.Close()}
 	if im.data != im.file {
 		errs = append(errs, im.data.Close())
 	}

@@ -153,6 +153,29 @@ func snapshotInfo(s *format.Snapshot) SnapshotInfo {
 }
 
 func readBitmaps(file storage.File, h *format.Header) ([]BitmapInfo, error) {
+	list, err := readBitmapDirectory(file, h)
+	if err != nil {
+		return nil, err
+	}
+	return bitmapInfos(list), nil
+}
+
+func bitmapInfos(list []format.Bitmap) []BitmapInfo {
+	if list == nil {
+		return nil
+	}
+	infos := make([]BitmapInfo, len(list))
+	for i, m := range list {
+		infos[i] = BitmapInfo{
+			Name: m.Name, Granularity: m.Granularity(),
+			InUse: m.Flags&format.BitmapInUse != 0, Auto: m.Flags&format.BitmapAuto != 0,
+		}
+	}
+	return infos
+}
+
+// readBitmapDirectory reads the directory that the header names, nil when it names none.
+func readBitmapDirectory(file storage.File, h *format.Header) ([]format.Bitmap, error) {
 	if h.Bitmaps == nil {
 		return nil, nil
 	}
@@ -174,14 +197,7 @@ func readBitmaps(file storage.File, h *format.Header) ([]BitmapInfo, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading bitmap directory at host offset %#x: %w", off, err)
 	}
-	infos := make([]BitmapInfo, len(list))
-	for i, m := range list {
-		infos[i] = BitmapInfo{
-			Name: m.Name, Granularity: m.Granularity(),
-			InUse: m.Flags&format.BitmapInUse != 0, Auto: m.Flags&format.BitmapAuto != 0,
-		}
-	}
-	return infos, nil
+	return list, nil
 }
 
 // The layout of a LUKS1 header.

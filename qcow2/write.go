@@ -41,12 +41,25 @@ func (im *Image) checkWrite(off, n int64) error {
 // change runs fn as a request that may change the mapping of a range. A request of several steps enters once for each, and
 // between two of them the disk may have become smaller or the image read-only. fn may be run twice.
 func (im *Image) change(ctx context.Context, s span, fn func() error) error {
+	return im.changeMapping(ctx, s, func() error {
+		im.mark(s)
+		return fn()
+	})
+}
+
+// changeMapping is change for a step that marks what it changes in the dirty bitmaps itself.
+func (im *Image) changeMapping(ctx context.Context, s span, fn func() error) error {
 	for {
 		err := im.changeOnce(ctx, s, fn)
-		if !errors.Is(err, meta.ErrNotMarked) {
+		switch {
+		case errors.Is(err, meta.ErrNotMarked):
+			err = im.meta.MarkDirty()
+		case errors.Is(err, errNotArmed):
+			err = im.armBitmaps(ctx)
+		default:
 			return err
 		}
-		if err := im.meta.MarkDirty(); err != nil {
+		if err != nil {
 			return err
 		}
 	}
@@ -65,6 +78,9 @@ func (im *Image) changeOnce(ctx context.Context, s span, fn func() error) error 
 	defer im.meta.Epochs.Exit(t)
 	if err := im.checkWrite(s.off, s.n); err != nil {
 		return err
+	}
+	if !im.bm.ready() {
+		return errNotArmed
 	}
 	return fn()
 }
@@ -89,9 +105,10 @@ func (im *Image) TryWriteAt(p []byte, off int64) error {
 	if err != nil {
 		return wouldBlock(err)
 	}
-	if n := int64(len(p)); im.inPlacePrefix(run, in, int64(im.runBytes(run, in, len(p)))) < n {
+	if n := int64(len(p)); im.inPlacePrefix(run, in, int64(im.runBytes(run, in, len(p)))) < n || !im.bm.ready() {
 		return block.ErrWouldBlock
 	}
+	im.mark(span{off, int64(len(p))})
 	return im.overwrite(p, off, int64(run.Entry.HostOffset())+in)
 }
 

@@ -261,10 +261,11 @@ func (z zeroing) left(e meta.Entry, off int64) span {
 // flush may run.
 func (im *Image) zeroMapping(ctx context.Context, z zeroing) error {
 	for off := z.body.off; off < z.body.end(); {
-		err := im.change(ctx, span{off, z.body.end() - off}, func() error {
+		err := im.changeMapping(ctx, span{off, z.body.end() - off}, func() error {
 			if cut := z.body.end() % im.lay.SubclusterSize(); cut != 0 && z.body.end() != im.Size() {
 				// The disk has grown: what was its end lies within a unit now.
 				z.body.n -= cut
+				im.mark(span{z.body.end(), cut})
 				return im.zeroByWriting(ctx, span{z.body.end(), cut})
 			}
 			c, last := im.cluster(off), im.cluster(z.body.end()-1)
@@ -313,6 +314,7 @@ func (im *Image) zeroEntries(ctx context.Context, c meta.GuestCluster, n int64, 
 	}
 	var old retireList
 	var left holes
+	im.mark(span{int64(c) << im.lay.ClusterBits, n << im.lay.ClusterBits})
 	edit.Put(0, n, func(k int64, e meta.Entry) meta.Entry {
 		off := int64(c+meta.GuestCluster(k)) << im.lay.ClusterBits
 		entry, giveUp := z.entry(e, off)

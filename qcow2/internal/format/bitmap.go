@@ -41,6 +41,17 @@ type Bitmap struct {
 // Granularity returns how many guest bytes one bit stands for.
 func (m *Bitmap) Granularity() int64 { return 1 << m.GranularityBits }
 
+// bitmapFlagsAt is where in a directory entry the flags are: an aligned field, which a power cut leaves old or new.
+const bitmapFlagsAt = 12
+
+// EntrySize returns how many bytes of the directory the entry takes.
+func (m *Bitmap) EntrySize() int64 { return roundUp8(bitmapEntrySize + int64(len(m.Name))) }
+
+// FlagsField returns where in a directory entry its flags are, and what they look like there.
+func (m *Bitmap) FlagsField(flags BitmapFlags) (off int64, b [4]byte) {
+	return bitmapFlagsAt, EncodeUint32(uint32(flags))
+}
+
 // BitmapDataSize returns how many bytes the bits of a bitmap take: one bit for each granule of the disk, in whole bytes.
 func BitmapDataSize(diskSize int64, granularityBits uint8) int64 {
 	if diskSize <= 0 {

@@ -19,6 +19,18 @@ func (s *Store) Exclusive(ctx context.Context, fn func() error) error {
 	defer s.Epochs.Resume()
 	s.gate.Lock()
 	defer s.gate.Unlock()
+	return s.onSettled(ctx, fn)
+}
+
+// AtClose is Exclusive after Epochs.Close: no request comes any more.
+func (s *Store) AtClose(fn func() error) error {
+	s.gate.Lock()
+	defer s.gate.Unlock()
+	return s.onSettled(context.Background(), fn)
+}
+
+// onSettled runs fn when everything is on the disk.
+func (s *Store) onSettled(ctx context.Context, fn func() error) error {
 	if err := s.SettleGated(); err != nil {
 		return err
 	}
