@@ -51,6 +51,8 @@ type Export struct {
 	HideSnapshots bool
 	// Allow says who may use it; nil lets everybody.
 	Allow func(nbd.Peer) bool
+	// Bitmaps are dirty bitmaps of the image that clients can read, each as the metadata context qemu:dirty-bitmap:NAME.
+	Bitmaps []string
 }
 
 // Config says what to serve where.
@@ -134,8 +136,12 @@ func (d *Daemon) open(ctx context.Context, e Export) error {
 		}
 		d.exports[len(d.exports)-1].disk = disk
 	}
+	contexts, err := bitmapContexts(e, disk)
+	if err != nil {
+		return err
+	}
 	return d.server.AddExport(nbd.Export{
-		Name: e.Name, Description: e.Description, Device: disk, ReadOnly: e.Open.ReadOnly, Allow: e.Allow,
+		Name: e.Name, Description: e.Description, Device: disk, ReadOnly: e.Open.ReadOnly, Allow: e.Allow, Contexts: contexts,
 	})
 }
 

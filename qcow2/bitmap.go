@@ -288,26 +288,6 @@ func (im *Image) writeInUse(list []*dirtyBitmap, on bool) error {
 	return nil
 }
 
-// bitmapsMarkAll marks all of the disk in the enabled bitmaps, for an operation that changes it by other ways than requests
-// do. It is for exclusive, and comes before the change.
-func (im *Image) bitmapsMarkAll() error {
-	if len(im.bm.enabled) == 0 {
-		return nil
-	}
-	if !im.bm.armed.Load() {
-		im.bm.inUse = true
-		if err := im.writeInUse(im.bm.enabled, true); err != nil {
-			return err
-		}
-		if err := im.meta.SyncNow(); err != nil {
-			return err
-		}
-		im.bm.armed.Store(true)
-	}
-	im.mark(span{0, im.Size()})
-	return nil
-}
-
 // startSaves has a goroutine save the bitmaps whenever nobody has written for a while.
 func (im *Image) startSaves(every time.Duration) {
 	if every == 0 {

@@ -92,6 +92,11 @@ func (e *bitmapEdit) commit(list []format.Bitmap) error {
 	// With an error and the new header in the file, the change has happened and is not known to be durable. Its writes are
 	// repeated like all that a failed sync has left in doubt, before anything given up here is used again.
 	e.undo.forget()
+	if ext != nil {
+		im.meta.SetBitmapDirectory(ext.DirectoryOffset, int64(ext.DirectorySize))
+	} else {
+		im.meta.SetBitmapDirectory(0, 0)
+	}
 	if old := im.hdr.Bitmaps; old != nil {
 		e.freeRun(clustersOf(im.lay, old.DirectoryOffset, int64(old.DirectorySize)))
 	}
@@ -237,7 +242,7 @@ func (e *bitmapEdit) newBitmap(name string, o BitmapOptions) (format.Bitmap, err
 		m.Flags = format.BitmapAuto
 	}
 	if err := e.storable(&m); err != nil {
-		return none, fmt.Errorf("Can't make bitmap '%s' persistent in '%s': %w", name, im.name, err)
+		return none, bitmapErrorf("Can't make bitmap '%s' persistent in '%s': %s", name, im.name, err)
 	}
 	m.TableSize = uint32(im.lay.BitmapTableEntries(im.Size(), m.GranularityBits))
 	return m, nil

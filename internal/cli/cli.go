@@ -139,7 +139,8 @@ otherwise.`,
 			return c.Help()
 		},
 	})
-	root.AddCommand(a.createCommand(), a.infoCommand(), a.checkCommand(), a.mapCommand(), a.snapshotCommand(), a.serveCommand(), a.versionCommand())
+	root.AddCommand(a.createCommand(), a.infoCommand(), a.checkCommand(), a.mapCommand(), a.snapshotCommand(), a.bitmapCommand(),
+		a.serveCommand(), a.versionCommand())
 	for _, c := range root.Commands() {
 		c.Flags().SortFlags = false
 	}

@@ -61,6 +61,8 @@ everything is written and flushed; a second signal ends it at once.`,
 	f.StringVarP(&s.format, "format", "f", "", "`format` of the images")
 	f.StringVarP(&s.snapshot, "load-snapshot", "l", "", "serve `SNAPSHOT` of IMAGE instead of its disk, by ID or name, read-only")
 	f.BoolVar(&s.hideSnapshots, "no-snapshots", false, "do not serve the snapshots inside the images")
+	f.StringArrayVarP(&s.bitmaps, "bitmap", "B", nil, "let clients read dirty bitmap `NAME` of the images (may be repeated)")
+	f.BoolVarP(&s.depth, "allocation-depth", "A", false, "let clients see which layer data comes from (they always can)")
 	f.StringVar(&s.cacheSize, "cache-size", "", "`size` of the metadata cache of each image")
 	f.BoolVarP(&s.forceShare, "force-share", "U", false, "serve images that somebody else writes to (needs --read-only)")
 	f.IntVar(&s.maxConnections, "max-connections", 100, "serve at most `N` clients at a time, 0 for any number")
@@ -74,6 +76,8 @@ everything is written and flushed; a second signal ends it at once.`,
 type server struct {
 	*app
 	sockets, listen, exports []string
+	bitmaps                  []string
+	depth                    bool
 	format, cacheSize        string
 	snapshot                 string
 	readOnly, forceShare     bool
@@ -170,7 +174,7 @@ func (s *server) config(args []string) (daemon.Config, error) {
 		return c, usagef("Unexpected argument: %s (use --export NAME=IMAGE for more than one image)", args[1])
 	}
 	if len(args) == 1 {
-		e := daemon.Export{Image: args[0], Open: open, HideSnapshots: s.hideSnapshots}
+		e := daemon.Export{Image: args[0], Open: open, HideSnapshots: s.hideSnapshots, Bitmaps: s.bitmaps}
 		if s.snapshot != "" {
 			ref, err := image.ParseSnapshotRef(s.snapshot)
 			if err != nil {
@@ -187,7 +191,9 @@ func (s *server) config(args []string) (daemon.Config, error) {
 		if !ok || file == "" {
 			return c, usagef("--export %s: expecting NAME=IMAGE", text)
 		}
-		c.Exports = append(c.Exports, daemon.Export{Name: name, Image: file, Open: open, HideSnapshots: s.hideSnapshots})
+		c.Exports = append(c.Exports, daemon.Export{
+			Name: name, Image: file, Open: open, HideSnapshots: s.hideSnapshots, Bitmaps: s.bitmaps,
+		})
 	}
 	if len(c.Exports) == 0 {
 		return c, usagef("Expecting an image file name or --export NAME=IMAGE")
