@@ -168,8 +168,8 @@ func encodeBitmapTable(table []format.BitmapEntry) []byte {
 	return raw
 }
 
-// resizeBitmaps has apply give the disk another size, and the bitmaps with it. New parts of the disk are clean. It is for
-// exclusive. A bitmap that is in use since a crash cannot be resized: then nothing happens. While the size changes the
+// resizeBitmaps has apply give the disk another size (Size tells whether it did, even if it fails), and the bitmaps with it.
+// New parts of the disk are clean. It is for exclusive, before SettleGated. A bitmap that is in use since a crash cannot be resized: then nothing happens. While the size changes the
 // bitmaps are in use on the disk, since tables of one size are refused with a disk of another; if something fails in
 // between they stay so.
 func (im *Image) resizeBitmaps(size int64, apply func() error) error {
@@ -190,27 +190,21 @@ func (im *Image) resizeBitmaps(size int64, apply func() error) error {
 	if err := im.bitmapsInUse(true); err != nil {
 		return errors.Join(err, im.bitmapsInUse(false))
 	}
-	if err := apply(); err != nil {
-		return errors.Join(err, im.bitmapsInUse(false))
-	}
 	old := im.Size()
-	h := *im.hdr
-	h.Size = uint64(size)
-	im.hdr = &h
-	im.size.Store(size)
+	applied := apply()
+	if im.Size() != size {
+		return errors.Join(applied, im.bitmapsInUse(false))
+	}
 	e := &bitmapEdit{im: im, oldSize: old}
 	list, err := e.resized(size)
 	if err == nil {
 		err = e.commit(list)
 	}
-	if err = e.undo.unless(err == nil, err); err == nil {
-		err = im.meta.SettleGated() // the caller makes memory anew, and would forget what was given up
-	}
-	if err != nil {
+	if err = e.undo.unless(err == nil, err); err != nil {
 		// The disk has its new size, and the bitmaps are lost: the directory says so.
-		return errors.Join(fmt.Errorf("resizing bitmaps: %w", err), im.loadBitmaps())
+		err = errors.Join(fmt.Errorf("resizing bitmaps: %w", err), im.loadBitmaps())
 	}
-	return nil
+	return errors.Join(applied, err)
 }
 
 // bitmapsInUse has the disk say of all bitmaps that they are in use, or not, and syncs.

@@ -61,12 +61,12 @@ func (im *Image) resize(ctx context.Context, size int64, o ResizeOptions) error 
 			return err
 		}
 	}
-	var err error
-	if size > old {
-		err = im.grow(ctx, old, size, o.Preallocation)
-	} else {
-		err = im.shrink(ctx, old, size)
-	}
+	err := im.resizeBitmaps(size, func() error {
+		if size > old {
+			return im.grow(ctx, old, size, o.Preallocation)
+		}
+		return im.shrink(ctx, old, size)
+	})
 	return im.finish(err)
 }
 

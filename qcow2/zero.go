@@ -314,7 +314,8 @@ func (im *Image) zeroEntries(ctx context.Context, c meta.GuestCluster, n int64, 
 	}
 	var old retireList
 	var left holes
-	im.mark(span{int64(c) << im.lay.ClusterBits, n << im.lay.ClusterBits})
+	from, to := max(int64(c)<<im.lay.ClusterBits, z.body.off), min(int64(c+meta.GuestCluster(n))<<im.lay.ClusterBits, z.body.end())
+	im.mark(span{from, to - from})
 	edit.Put(0, n, func(k int64, e meta.Entry) meta.Entry {
 		off := int64(c+meta.GuestCluster(k)) << im.lay.ClusterBits
 		entry, giveUp := z.entry(e, off)
