@@ -59,3 +59,15 @@ func (b Buffer) each(off, n int64, fn func(p []byte, at int64) error) error {
 	}
 	return nil
 }
+
+// Clear zeroes the buffer from a place on.
+func (b Buffer) Clear(from int) {
+	for _, p := range b {
+		if from < len(p) {
+			clear(p[from:])
+			from = 0
+			continue
+		}
+		from -= len(p)
+	}
+}

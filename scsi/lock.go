@@ -10,7 +10,7 @@ const (
 // regionLocks let writers run side by side and give COMPARE AND WRITE and ORWRITE the regions that they touch alone.
 type regionLocks [regions]sync.RWMutex
 
-// share takes the regions of [off, off+n) for a writer, alone for a command that reads and writes as one. It returns how
+// lock takes the regions of [off, off+n) for a writer, alone for a command that reads and writes as one. It returns how
 // to give them back. Regions are taken in ascending order, so nobody waits in a circle.
 func (l *regionLocks) lock(off, n int64, alone bool) func() {
 	first, last := off>>regionShift, (off+max(n, 1)-1)>>regionShift
@@ -36,4 +36,13 @@ func (l *regionLocks) lock(off, n int64, alone bool) func() {
 			}
 		}
 	}
+}
+
+// tryShare is lock for a writer, if it need not wait.
+func (l *regionLocks) tryShare(off, n int64) (unlock func(), ok bool) {
+	first, last := off>>regionShift, (off+max(n, 1)-1)>>regionShift
+	if first != last || !l[first%regions].TryRLock() {
+		return nil, false
+	}
+	return l[first%regions].RUnlock, true
 }
