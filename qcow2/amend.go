@@ -24,14 +24,15 @@ type AmendOptions struct {
 	Progress func(done, total int64)
 }
 
-// optionError is what is wrong with a caller's options, in QEMU's words.
-type optionError struct{ msg string }
+// OptionError is what is wrong with a caller's options, in QEMU's words. It is an ErrInvalidOption.
+type OptionError struct{ Msg string }
 
-func (e *optionError) Error() string { return e.msg }
+func (e *OptionError) Error() string { return e.Msg }
 
-func (e *optionError) Is(target error) bool { return target == ErrInvalidOption }
+// Is makes every OptionError an ErrInvalidOption.
+func (e *OptionError) Is(target error) bool { return target == ErrInvalidOption }
 
-func optionErrorf(f string, args ...any) error { return &optionError{fmt.Sprintf(f, args...)} }
+func optionErrorf(f string, args ...any) error { return &OptionError{fmt.Sprintf(f, args...)} }
 
 // Amend changes properties of the image in place. What cannot be changed is refused before anything is: the error wraps
 // ErrInvalidOption. The changes are made one after the other in this order: version 3, refcount width, data file, lazy
@@ -87,7 +88,7 @@ func (a amendment) check() error {
 		return optionErrorf("Refcount width must be a power of two and may not exceed 64 bits")
 	case width != 0 && width != 16 && a.version() < format.Version3:
 		return optionErrorf("Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)")
-	case o.LazyRefcounts != nil && *o.LazyRefcounts && a.version() < format.Version3:
+	case o.LazyRefcounts != nil && *o.LazyRefcounts && h.Compat&format.CompatLazyRefcounts == 0 && a.version() < format.Version3:
 		return optionErrorf("Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 or greater)")
 	case o.DataFile != nil && !a.im.lay.DataFile:
 		return optionErrorf("data-file can only be set for images that use an external data file")
@@ -210,7 +211,7 @@ func (a amendment) changeWidth(ctx context.Context) error {
 	if err != nil {
 		var wide *meta.RewidthError
 		if errors.As(err, &wide) {
-			return &optionError{wide.Error()}
+			return &OptionError{wide.Error()}
 		}
 		return err
 	}

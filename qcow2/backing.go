@@ -6,6 +6,10 @@ import (
 	"github.com/droverproject/drover/qcow2/internal/format"
 )
 
+// ErrBackingFormat is returned for a backing file whose format is not said: whoever reads the image would have to guess, and
+// what is in the backing file would decide.
+var ErrBackingFormat error = &OptionError{"backing format must be specified"}
+
 // ChangeBacking has the image name another backing file, or none if name is empty, and its format. The name is stored as it
 // is; nobody looks whether there is such a file or what is in it (that is a rebase). The device that this Image reads
 // from stays the one it was opened with.
@@ -18,7 +22,7 @@ func (im *Image) ChangeBacking(ctx context.Context, name, backingFormat string) 
 	case len(backingFormat) > format.MaxBackingFormat:
 		return invalid("backing format name is longer than %d bytes", format.MaxBackingFormat)
 	case name != "" && backingFormat == "":
-		return invalid("backing format must be specified")
+		return ErrBackingFormat
 	}
 	return im.exclusive(ctx, func() error {
 		return im.changeHeader(func(h *format.Header) error { return setBacking(h, name, backingFormat) })
