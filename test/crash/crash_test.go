@@ -119,14 +119,20 @@ type workload struct {
 	t     *testing.T
 	disk  *explore.Disk
 	file  *storage.CrashFile
+	all   []*storage.CrashFile // file, and the external data file if there is one
 	im    *qcow2.Image
 	fails bool // some syncs fail
 	ids   atomic.Int64
 }
 
 func newWorkload(t *testing.T, d *explore.Disk, fails bool) *workload {
-	w := &workload{t: t, disk: d, file: storage.NewCrashFile(d.Image.Clone()), fails: fails}
-	im, err := d.Open(w.file, false)
+	files := storage.NewCrashFiles(d.Files()...)
+	w := &workload{t: t, disk: d, file: files[0], all: files, fails: fails}
+	opened := *d
+	if len(files) > 1 {
+		opened.Data = files[1]
+	}
+	im, err := opened.Open(w.file, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,8 +158,9 @@ func (w *workload) do(r *rand.Rand) error {
 // flush flushes; fail has the sync fail, and then the flush must say so, or have needed none.
 func (w *workload) flush(id int, fail bool) error {
 	if fail {
-		w.file.FailNextSync(syscall.EIO)
-		defer w.file.FailNextSync(nil)
+		f := w.all[id%len(w.all)]
+		f.FailNextSync(syscall.EIO)
+		defer f.FailNextSync(nil)
 	}
 	w.file.Mark(markFlush{id})
 	err := w.im.Flush(context.Background())
@@ -228,21 +235,22 @@ func judge(t *testing.T, w *workload, seed uint64) {
 		if err := sound(s.Image); err != nil {
 			return err
 		}
-		if err := content(w.disk, s.Image, h); err != nil {
+		d := w.disk.With(s.Files)
+		if err := content(d, s.Image, h); err != nil {
 			return err
 		}
 		if n%16 == 0 {
-			if err := sameSnapshots(w.disk, s.Image, snapshots); err != nil {
+			if err := sameSnapshots(d, s.Image, snapshots); err != nil {
 				return err
 			}
 		}
 		if n%997 == 0 {
-			if err := stockCheck(w.disk, s.Image); err != nil {
+			if err := stockCheck(d, s.Image); err != nil {
 				return err
 			}
 		}
 		if n%64 == 0 {
-			return goOn(w.disk, s.Image)
+			return goOn(d, s.Image)
 		}
 		return nil
 	})
@@ -283,6 +291,9 @@ func content(d *explore.Disk, f *storage.MemFile, h history) error {
 		if !contains(h.may[s], v) {
 			return fmt.Errorf("sector %d holds version %d, and may hold %v", s, v, h.may[s])
 		}
+	}
+	if err := d.RawDiffers(got); err != nil {
+		return err
 	}
 	return nil
 }
@@ -340,6 +351,11 @@ func stockCheck(d *explore.Disk, f *storage.MemFile) error {
 	path := filepath.Join(dir, "disk.qcow2")
 	if err := save(f, path); err != nil {
 		return err
+	}
+	if data, ok := d.Data.(*storage.MemFile); ok {
+		if err := save(data, filepath.Join(dir, "disk.data")); err != nil {
+			return err
+		}
 	}
 	if err := qemuCheck(path); err != nil {
 		return err

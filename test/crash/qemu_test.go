@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 
 	"github.com/droverproject/drover/test/peer"
 )
@@ -14,7 +15,9 @@ func qemuCheck(path string) error {
 	if err != nil {
 		return err
 	}
-	out, err := exec.Command(tool, "check", path).CombinedOutput()
+	cmd := exec.Command(tool, "check", path)
+	cmd.Dir = filepath.Dir(path) // where it looks for the external data file
+	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() == 3 {
 		return nil

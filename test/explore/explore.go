@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -55,7 +56,8 @@ const (
 	Write Kind = iota
 	Zeroes
 	ZeroesUnmap
-	Discard // of whole clusters, so that the outcome is known
+	Compressed // a write of whole clusters, compressed
+	Discard    // of whole clusters, so that the outcome is known
 	Flush
 	Read
 )
@@ -81,6 +83,8 @@ func (op Op) Run(im *qcow2.Image) error {
 			return nil
 		}
 		return im.WriteAt(ctx, p, off, 0)
+	case Compressed:
+		return im.WriteCompressed(ctx, op.Bytes(), off)
 	case Zeroes:
 		return im.WriteZeroes(ctx, off, n, 0)
 	case ZeroesUnmap:
@@ -114,6 +118,10 @@ type Start struct {
 	// Snapshot then has it take an internal snapshot.
 	QEMU     []string
 	Snapshot bool
+	// Data has the disk's data in an external file.
+	Data bool
+	// NoUnref opens it with the option to keep what is discarded.
+	NoUnref bool
 }
 
 // Disk is a Start made real.
@@ -121,6 +129,8 @@ type Disk struct {
 	Start
 	Image   *storage.MemFile
 	Backing block.Device // nil when there is none; reads as version 1
+	Data    storage.File // the external data file, nil when there is none
+	data    *storage.MemFile
 	Sectors int64
 	Cluster int64 // sectors of a cluster
 	first   int64 // sectors at version 1; the rest starts as zeroes
@@ -143,6 +153,12 @@ func Starts() []Start {
 		{Name: "subclusters, compressed, snapshot", Create: qcow2.CreateOptions{ClusterSize: 16384, Size: 160 << 10, ExtendedL2: true},
 			QEMU: []string{"-c", "-o", "extended_l2=on"}, Snapshot: true},
 		{Name: "64k, backing", Create: qcow2.CreateOptions{Size: 1 << 20}, Backing: true},
+		{Name: "tiny clusters, data file", Create: qcow2.CreateOptions{ClusterSize: 512, Size: 96 << 10}, Data: true},
+		{Name: "4k, data file, backing", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192<<10 + 1536}, Data: true, Backing: true},
+		{Name: "4k, raw data file", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192<<10 + 1536, DataFileRaw: true}, Data: true},
+		{Name: "subclusters, data file", Create: qcow2.CreateOptions{ClusterSize: 16384, Size: 160 << 10, ExtendedL2: true}, Data: true},
+		{Name: "4k, no unref", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10}, NoUnref: true},
+		{Name: "4k, zstd", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10, CompressionType: qcow2.CompressionZstd, RefcountBits: 8}},
 		{Name: "tiny clusters, compressed", Create: qcow2.CreateOptions{ClusterSize: 512, Size: 64 << 10}, QEMU: []string{"-c"}},
 		{Name: "4k, compressed", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10}, QEMU: []string{"-c"}},
 		{Name: "4k, zstd and snapshot", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10},
@@ -172,6 +188,11 @@ func (s Start) Make(t testing.TB) *Disk {
 		o.BackingFile, o.BackingFormat = "base.raw", "raw"
 	}
 	d.Image = storage.NewMemFile("disk.qcow2")
+	if s.Data {
+		d.data = storage.NewMemFile("disk.data")
+		d.Data = d.data
+		o.DataFile, o.DataStorage = "disk.data", d.data
+	}
 	if err := qcow2.Create(context.Background(), d.Image, o); err != nil {
 		t.Fatalf("%s: create: %v", s.Name, err)
 	}
@@ -240,8 +261,45 @@ func (d *Disk) Initial(sector int64) Version {
 
 // Open opens the disk in a file that stays open when the image is closed.
 func (d *Disk) Open(f storage.File, readOnly bool) (*qcow2.Image, error) {
-	return qcow2.Open(context.Background(), KeepOpen{f}, qcow2.Options{ReadOnly: readOnly, CacheSize: 1,
-		ClusterCacheSize: 1, CacheCleanInterval: -1, Backing: d.Backing})
+	o := qcow2.Options{ReadOnly: readOnly, CacheSize: 1, ClusterCacheSize: 1, CacheCleanInterval: -1, Backing: d.Backing,
+		DiscardNoUnref: d.NoUnref}
+	if d.Data != nil {
+		o.DataFile = KeepOpen{d.Data}
+	}
+	return qcow2.Open(context.Background(), KeepOpen{f}, o)
+}
+
+// Files returns copies of the disk's files as they were at first: the image, and the data file if there is one.
+func (d *Disk) Files() []*storage.MemFile {
+	files := []*storage.MemFile{d.Image.Clone()}
+	if d.data != nil {
+		files = append(files, d.data.Clone())
+	}
+	return files
+}
+
+// With returns the disk with its data in the second of some files, if it has a data file.
+func (d *Disk) With(files []*storage.MemFile) *Disk {
+	c := *d
+	if d.data != nil {
+		c.Data = files[1]
+	}
+	return &c
+}
+
+// RawDiffers compares the raw data file, where there is one, with the disk.
+func (d *Disk) RawDiffers(disk []byte) error {
+	if !d.Create.DataFileRaw {
+		return nil
+	}
+	b := make([]byte, len(disk))
+	if err := storage.ReadFull(d.Data, b, 0); err != nil {
+		return err
+	}
+	if !bytes.Equal(b, disk) {
+		return errors.New("the raw data file is not what the guest reads")
+	}
+	return nil
 }
 
 // Draw draws a request. Versions must be at least 2.
@@ -250,6 +308,13 @@ func (d *Disk) Draw(r *rand.Rand, v Version) Op {
 	n := 1 + r.Int64N(min(d.Sectors-first, 1+r.Int64N(3*d.Cluster+8)))
 	op := Op{First: first, N: n, Version: v}
 	switch k := r.IntN(24); {
+	case k < 3 && !d.Start.Data:
+		op.Kind = Compressed
+		op.First = first / d.Cluster * d.Cluster
+		op.N = min((n+d.Cluster-1)/d.Cluster*d.Cluster, d.whole()-op.First)
+		if op.N == 0 {
+			op = Op{Kind: Flush}
+		}
 	case k < 11:
 		op.Kind = Write
 	case k < 13:
@@ -265,10 +330,18 @@ func (d *Disk) Draw(r *rand.Rand, v Version) Op {
 	default:
 		op.Kind = Read
 	}
-	if op.Kind != Write {
+	if op.Kind != Write && op.Kind != Compressed {
 		op.Version = 0
 	}
 	return op
+}
+
+// whole returns where compressed writes end: where the disk does, or with the last whole cluster before what is left alone.
+func (d *Disk) whole() int64 {
+	if d.Fill == 0 {
+		return d.Sectors
+	}
+	return d.Sectors / d.Cluster * d.Cluster
 }
 
 // KeepOpen is a file that outlives the image that owns it.

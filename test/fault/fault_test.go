@@ -56,6 +56,33 @@ const steps = 60
 type workload struct {
 	disk *explore.Disk
 	ops  []explore.Op
+	// onData has the faults hit the external data file.
+	onData bool
+}
+
+// start opens copies of the disk's files, one of which can fail.
+func (w *workload) start() (im *qcow2.Image, faulty *storage.FaultFile, files []*storage.MemFile, err error) {
+	files = w.disk.Files()
+	d := w.disk.With(files)
+	image := storage.File(explore.KeepOpen{File: files[0]})
+	if w.onData {
+		faulty = storage.NewFaultFile(explore.KeepOpen{File: files[1]})
+		d.Data = faulty
+	} else {
+		faulty = storage.NewFaultFile(image)
+		image = faulty
+	}
+	im, err = d.Open(image, false)
+	return im, faulty, files, err
+}
+
+// sides runs fn with faults of the image file and, where there is one, of the external data file.
+func (w *workload) sides(fn func()) {
+	fn()
+	if w.disk.Data != nil {
+		w.onData = true
+		fn()
+	}
 }
 
 func newWorkload(t *testing.T, s explore.Start, seed uint64) *workload {
@@ -85,23 +112,28 @@ func TestEachCallOnce(t *testing.T) {
 		t.Run(start.Name, func(t *testing.T) {
 			t.Parallel()
 			w := newWorkload(t, start, 1)
-			calls, err := w.run(nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			step := *stride
-			if testing.Short() {
-				step *= 7
-			}
-			for at := 0; at < calls; at += step {
-				for _, f := range faults(at) {
-					total.Add(1)
-					if _, err := w.run(&f); err != nil {
-						t.Fatalf("fault %+v: %v", f, err)
-					}
-				}
-			}
+			w.sides(func() { eachCallOnce(t, w) })
 		})
+	}
+}
+
+func eachCallOnce(t *testing.T, w *workload) {
+	t.Helper()
+	calls, err := w.run(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	step := *stride
+	if testing.Short() {
+		step *= 7
+	}
+	for at := 0; at < calls; at += step {
+		for _, f := range faults(at) {
+			total.Add(1)
+			if _, err := w.run(&f); err != nil {
+				t.Fatalf("on data file: %v, fault %+v: %v", w.onData, f, err)
+			}
+		}
 	}
 }
 
@@ -112,9 +144,7 @@ func isFault(err error) bool {
 
 // run runs the workload with one fault and returns how many calls its requests made.
 func (w *workload) run(fault *storage.Fault) (calls int, err error) {
-	mem := w.disk.Image.Clone()
-	file := storage.NewFaultFile(explore.KeepOpen{File: mem})
-	im, err := w.disk.Open(file, false)
+	im, file, files, err := w.start()
 	if err != nil {
 		return 0, err
 	}
@@ -133,7 +163,7 @@ func (w *workload) run(fault *storage.Fault) (calls int, err error) {
 	}
 	calls = file.Calls(storage.OpAny) - before
 	file.Clear()
-	return calls, w.finish(im, mem, model)
+	return calls, w.finish(im, files, model)
 }
 
 // step makes one request and brings the model up to date, whatever the request's fate.
@@ -176,8 +206,8 @@ func readPatiently(im *qcow2.Image, p []byte, off int64) (err error) {
 }
 
 // finish closes the image, checks it and compares it with the model.
-func (w *workload) finish(im *qcow2.Image, mem *storage.MemFile, model []byte) error {
-	ctx := context.Background()
+func (w *workload) finish(im *qcow2.Image, files []*storage.MemFile, model []byte) error {
+	ctx, mem, d := context.Background(), files[0], w.disk.With(files)
 	got := make([]byte, len(model))
 	if err := im.ReadAt(ctx, got, 0); err != nil || !bytes.Equal(got, model) {
 		return fmt.Errorf("content differs before close (%w)", err)
@@ -189,7 +219,10 @@ func (w *workload) finish(im *qcow2.Image, mem *storage.MemFile, model []byte) e
 	if err != nil || !report.Clean() {
 		return fmt.Errorf("check: %+v (%w)", report, err)
 	}
-	again, err := w.disk.Open(mem, true)
+	if err := d.RawDiffers(model); err != nil {
+		return err
+	}
+	again, err := d.Open(mem, true)
 	if err != nil {
 		return err
 	}
@@ -206,12 +239,14 @@ func TestEveryCallOfAKind(t *testing.T) {
 		for _, kind := range []storage.OpKind{storage.OpWrite, storage.OpSync, storage.OpRead, storage.OpPunch} {
 			t.Run(fmt.Sprintf("%s/%v", start.Name, kind), func(t *testing.T) {
 				w := newWorkload(t, start, 2)
-				for _, skip := range []int{0, 1, 5, 20} {
-					total.Add(1)
-					if err := w.runBroken(storage.Fault{Kind: kind, Skip: skip, Times: -1}); err != nil {
-						t.Fatalf("every %v after %d: %v", kind, skip, err)
+				w.sides(func() {
+					for _, skip := range []int{0, 1, 5, 20} {
+						total.Add(1)
+						if err := w.runBroken(storage.Fault{Kind: kind, Skip: skip, Times: -1}); err != nil {
+							t.Fatalf("every %v after %d: %v", kind, skip, err)
+						}
 					}
-				}
+				})
 			})
 		}
 	}
@@ -220,9 +255,7 @@ func TestEveryCallOfAKind(t *testing.T) {
 // runBroken runs the workload on storage that never recovers. Requests fail, nothing hangs, the image closes, and what
 // is left is as after a power cut: no corruption.
 func (w *workload) runBroken(f storage.Fault) error {
-	mem := w.disk.Image.Clone()
-	file := storage.NewFaultFile(explore.KeepOpen{File: mem})
-	im, err := w.disk.Open(file, false)
+	im, file, files, err := w.start()
 	if err != nil {
 		return err
 	}
@@ -235,7 +268,7 @@ func (w *workload) runBroken(f storage.Fault) error {
 	if err := im.Close(); err != nil && !isFault(err) {
 		return fmt.Errorf("close: %w", err)
 	}
-	report, err := qcow2.CheckFile(context.Background(), mem, qcow2.CheckOptions{})
+	report, err := qcow2.CheckFile(context.Background(), files[0], qcow2.CheckOptions{})
 	if err != nil || report.Corruptions != 0 || report.CheckErrors != 0 {
 		return fmt.Errorf("check: %+v (%w)", report, err)
 	}
@@ -247,20 +280,20 @@ func TestFullDisk(t *testing.T) {
 	for _, start := range explore.Starts() {
 		t.Run(start.Name, func(t *testing.T) {
 			w := newWorkload(t, start, 3)
-			for _, budget := range []int64{0, 512, 4096, 8192, 20000, 65536, 100000, 300000} {
-				total.Add(1)
-				if err := w.runFull(budget); err != nil {
-					t.Fatalf("budget %d: %v", budget, err)
+			w.sides(func() {
+				for _, budget := range []int64{0, 512, 4096, 8192, 20000, 65536, 100000, 300000} {
+					total.Add(1)
+					if err := w.runFull(budget); err != nil {
+						t.Fatalf("budget %d: %v", budget, err)
+					}
 				}
-			}
+			})
 		})
 	}
 }
 
 func (w *workload) runFull(budget int64) error {
-	mem := w.disk.Image.Clone()
-	file := storage.NewFaultFile(explore.KeepOpen{File: mem})
-	im, err := w.disk.Open(file, false)
+	im, file, files, err := w.start()
 	if err != nil {
 		return err
 	}
@@ -282,7 +315,7 @@ func (w *workload) runFull(budget int64) error {
 			return fmt.Errorf("request %d (%+v): %w", i, op, err)
 		}
 	}
-	return w.finish(im, mem, model)
+	return w.finish(im, files, model)
 }
 
 // TestFailedFirstWrite fails the writes of one request to a disk's last sector, whatever it has prepared by then, and

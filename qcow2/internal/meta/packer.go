@@ -98,7 +98,7 @@ func (rc *Refcounts) appendBytes(n int64) (format.HostOff, error) {
 		return 0, err
 	}
 	count := rc.lay.Refcount(rc.known[b].data, slot)
-	if count == 0 || count >= rc.lay.RefcountMax() {
+	if count == 0 || count >= rc.mostShared() {
 		rc.tail = 0
 		return 0, nil
 	}
@@ -119,6 +119,10 @@ func (rc *Refcounts) appendBytes(n int64) (format.HostOff, error) {
 	rc.setTail(at + format.HostOff(n))
 	return at, nil
 }
+
+// mostShared is how many compressed clusters may touch one host cluster. Each snapshot counts all of them once more, so most
+// of what a count can express is left to snapshots.
+func (rc *Refcounts) mostShared() uint64 { return max(rc.lay.RefcountMax()/64, 1) }
 
 // isFree reports whether a cluster may be handed out, and loads the block that counts it; mu is held.
 func (rc *Refcounts) isFree(c format.ClusterIdx) (bool, error) {
