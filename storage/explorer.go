@@ -26,8 +26,8 @@ type Explorer struct {
 
 	at   int        // the point: how many events have happened
 	base []*MemFile // start plus every call before the first that is in doubt
-	tail []tailOp // that first call and all later ones, in order
-	n    int      // units of doubt
+	tail []tailOp   // that first call and all later ones, in order
+	n    int        // units of doubt
 }
 
 // tailOp is a call that is not part of the base.
@@ -361,7 +361,7 @@ type CrashState struct {
 	Units int     // how many units there were to keep
 	Image *MemFile
 	Files []*MemFile // Image, and those that lost power with it
-	Marks []any // the marks set before the point
+	Marks []any      // the marks set before the point
 }
 
 // String tells enough to make the state again with Seek and Build.
