@@ -72,7 +72,7 @@ type Ring struct {
 	mem   []byte
 	ring  []byte
 	flags uint16
-	next  uint32 // the entry that Next looks at
+	next  atomic.Uint32 // the entry that Next looks at; changed by Next only
 
 	mu          sync.Mutex
 	tail        uint32
@@ -98,10 +98,10 @@ func NewRing(mem []byte) (*Ring, error) {
 		return nil, errors.New("the kernel's TCMU wants commands completed in order: it is too old")
 	}
 	r.tail = r.word(offTail).Load()
-	r.next = r.tail
 	if r.tail >= size || r.tail%8 != 0 {
 		return nil, broken("tail at %d of %d", r.tail, size)
 	}
+	r.next.Store(r.tail)
 	return r, nil
 }
 
@@ -133,18 +133,18 @@ func (r *Ring) Next() (*Command, *TaskNotice, error) {
 		if head >= size || head%8 != 0 {
 			return nil, nil, broken("head at %d of %d", head, size)
 		}
-		if r.next == head {
+		at := r.next.Load()
+		if at == head {
 			return nil, nil, nil
 		}
-		e, err := r.entry(r.next)
+		e, err := r.entry(at)
 		if err != nil {
 			return nil, nil, err
 		}
-		if !r.before(head, uint32(len(e))) {
-			return nil, nil, broken("entry at %d passes the head at %d", r.next, head)
+		if uint32(len(e)) > (head+size-at)%size {
+			return nil, nil, broken("entry at %d passes the head at %d", at, head)
 		}
-		at := r.next
-		r.next = (r.next + uint32(len(e))) % size
+		r.next.Store((at + uint32(len(e))) % size)
 		switch op := binary.NativeEndian.Uint32(e) & opMask; op {
 		case opPad:
 		case opTask:
@@ -157,12 +157,6 @@ func (r *Ring) Next() (*Command, *TaskNotice, error) {
 			return nil, nil, broken("entry at %d has opcode %d", at, op)
 		}
 	}
-}
-
-// before reports whether an entry of n bytes at next ends at or before the head.
-func (r *Ring) before(head, n uint32) bool {
-	room := (head + uint32(len(r.ring)) - r.next) % uint32(len(r.ring))
-	return n <= room
 }
 
 // entry returns the bytes of the entry at an offset.
@@ -319,4 +313,7 @@ func (r *Ring) Outstanding() int {
 }
 
 // idle reports whether Next has nothing to return.
-func (r *Ring) idle() bool { return r.next == r.word(offHead).Load() }
+func (r *Ring) idle() bool { return r.next.Load() == r.word(offHead).Load() }
+
+// drained reports whether everything that the kernel put into the ring was completed.
+func (r *Ring) drained() bool { return r.idle() && r.Outstanding() == 0 }

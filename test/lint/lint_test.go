@@ -50,7 +50,7 @@ var modules = map[string][]string{
 	"internal/cli": {"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys"},
 	"daemon":       {"golang.org/x/sys"},
 	"nbd":          {"golang.org/x/sys"},
-	"tcmu":         {"golang.org/x/sys"},
+	"tcmu":         {"golang.org/x/sys", "github.com/mdlayher/genetlink", "github.com/mdlayher/netlink"},
 	"scsi":         {},
 	"image":        {"golang.org/x/sys"},
 	"qcow2":        {"github.com/klauspost/compress", "golang.org/x/sys"},

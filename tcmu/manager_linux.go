@@ -1,0 +1,356 @@
+package tcmu
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"math"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/scsi"
+)
+
+// rescanEvery is how often the devices are looked through for those whose notice got lost.
+const rescanEvery = 10 * time.Second
+
+// Handler opens disks for a Manager.
+type Handler interface {
+	// Open opens the disk that a configuration string names, without the handler's name and the slash. Its lock is held
+	// while it is open.
+	Open(ctx context.Context, config string) (block.Device, error)
+	// Resize makes an open disk larger or smaller. It may say that it cannot.
+	Resize(ctx context.Context, dev block.Device, size int64) error
+}
+
+// Manager serves every TCMU device of its handlers for as long as it runs: those that exist when it starts, and those that
+// come.
+type Manager struct {
+	handlers map[string]Handler // by the first part of a configuration string
+	log      *slog.Logger
+	events   *Events
+
+	mu      sync.Mutex
+	devices map[int]*slot // by minor
+	running sync.WaitGroup
+}
+
+// NewManager connects to the kernel.
+func NewManager(handlers map[string]Handler, log *slog.Logger) (*Manager, error) {
+	events, err := DialEvents()
+	if err != nil {
+		return nil, err
+	}
+	return &Manager{handlers: handlers, log: log, events: events, devices: make(map[int]*slot)}, nil
+}
+
+// slot is the place of a device that is being opened or served.
+type slot struct {
+	opened chan struct{} // closed when s or err is set
+	s      *served
+	err    error
+}
+
+// served is a device that is being served. Its events are handled one after another.
+type served struct {
+	dev    Device
+	disk   block.Device
+	handle Handler
+	unit   *scsi.Unit
+	ring   *Ring
+	uio    *uio
+	ended  chan error
+}
+
+// Run serves until the context ends, and then stops every device in an orderly way.
+func (m *Manager) Run(ctx context.Context) error {
+	m.rescan(ctx)
+	received := make(chan error, 1)
+	go func() { received <- m.receive(ctx) }()
+	tick := time.NewTicker(rescanEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return errors.Join(m.stopAll(), m.events.Close(), ignoreClosed(<-received))
+		case err := <-received:
+			return errors.Join(err, m.stopAll(), m.events.Close())
+		case <-tick.C:
+			m.rescan(ctx)
+		}
+	}
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, os.ErrClosed) || errors.Is(err, syscall.EBADF) {
+		return nil
+	}
+	return err
+}
+
+// receive hands each notice to a goroutine of its own: the kernel sends the next about one device only after this one's
+// answer, and no device waits for another's disk to open.
+func (m *Manager) receive(ctx context.Context) error {
+	for {
+		events, err := m.events.Receive()
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
+		}
+		for _, ev := range events {
+			m.running.Go(func() { m.handle(ctx, ev) })
+		}
+	}
+}
+
+func (m *Manager) handle(ctx context.Context, ev Event) {
+	var err error
+	switch ev.Command {
+	case cmdAdded:
+		err = m.add(ctx, ev.Minor, false)
+	case cmdRemoved:
+		err = m.remove(ev.Minor)
+	case cmdReconfig:
+		err = m.reconfigure(ctx, ev)
+	}
+	if errors.Is(err, errNotOurs) {
+		return // somebody else's device: the answer is theirs
+	}
+	if err != nil {
+		m.log.Error("device", "minor", ev.Minor, "error", err)
+	}
+	if err := m.events.Answer(ev.Command, ev.DeviceID, status(err)); err != nil {
+		m.log.Error("device", "minor", ev.Minor, "error", err)
+	}
+}
+
+// status is what the kernel gets: a negative error number.
+func status(err error) int32 {
+	if err == nil {
+		return 0
+	}
+	var errno syscall.Errno
+	if errors.As(err, &errno) && errno > 0 && errno < 4096 {
+		return -int32(errno)
+	}
+	if errors.Is(err, errors.ErrUnsupported) {
+		return -int32(syscall.EOPNOTSUPP)
+	}
+	return -int32(syscall.EINVAL)
+}
+
+// add begins to serve a device. adopt: it has been served before, by somebody who is gone.
+func (m *Manager) add(ctx context.Context, minor int, adopt bool) error {
+	d, err := deviceOf(minor)
+	if err != nil {
+		return err
+	}
+	name, config, _ := strings.Cut(d.Config, "/")
+	handler, ok := m.handlers[name]
+	if !ok {
+		return errNotOurs
+	}
+	m.mu.Lock()
+	place, have := m.devices[minor]
+	if !have {
+		place = &slot{opened: make(chan struct{})}
+		m.devices[minor] = place
+	}
+	m.mu.Unlock()
+	if have { // a notice and a rescan have found the same device
+		<-place.opened
+		return place.err
+	}
+	place.s, err = m.open(ctx, d, handler, config, adopt)
+	if err != nil {
+		place.err = fmt.Errorf("serving %s (%s): %w", d.Name, d.Config, err)
+		m.mu.Lock()
+		delete(m.devices, minor)
+		m.mu.Unlock()
+	} else {
+		m.log.Info("serving", "device", d.Name, "config", d.Config, "size", place.s.disk.Size())
+	}
+	close(place.opened)
+	return place.err
+}
+
+// taken returns the device at a minor number once it is open, nil when there is none.
+func (m *Manager) taken(minor int, forget bool) *served {
+	m.mu.Lock()
+	place := m.devices[minor]
+	if forget {
+		delete(m.devices, minor)
+	}
+	m.mu.Unlock()
+	if place == nil {
+		return nil
+	}
+	<-place.opened
+	return place.s
+}
+
+// open opens disk and ring and starts the server. With adopt, commands that somebody left behind are answered BUSY first,
+// so that initiators send them again.
+func (m *Manager) open(ctx context.Context, d Device, handler Handler, config string, adopt bool) (s *served, err error) {
+	s = &served{dev: d, handle: handler, ended: make(chan error, 1)}
+	if s.disk, err = handler.Open(ctx, config); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			_ = s.disk.Close()
+		}
+	}()
+	if err := s.makeUnit(); err != nil {
+		return nil, err
+	}
+	if s.uio, err = openUIO(d.Minor); err != nil {
+		return nil, err
+	}
+	if adopt {
+		if err := errors.Join(d.Block(true), d.ResetRing()); err != nil {
+			return nil, errors.Join(err, s.uio.release())
+		}
+	}
+	if s.ring, err = NewRing(s.uio.mem); err != nil {
+		return nil, errors.Join(err, s.uio.release())
+	}
+	server := NewServer(s.ring, s.unit, s.uio)
+	m.running.Go(func() { s.ended <- server.Serve(context.WithoutCancel(ctx)) })
+	if adopt {
+		if err := d.Block(false); err != nil {
+			m.log.Error("unblocking", "device", d.Name, "error", err)
+		}
+	}
+	return s, nil
+}
+
+// makeUnit makes the SCSI unit of the open disk, which must be as large as the kernel says.
+func (s *served) makeUnit() error {
+	size, err := s.dev.Size()
+	if err != nil {
+		return err
+	}
+	bs, err := s.dev.BlockSize()
+	if err != nil {
+		return err
+	}
+	if have := s.disk.Size() / int64(bs) * int64(bs); have != size {
+		return fmt.Errorf("the disk has %d bytes and dev_size says %d: %w", have, size, syscall.EINVAL)
+	}
+	o := scsi.Options{BlockSize: bs, Serial: s.dev.Serial, ReadOnly: s.disk.Info().ReadOnly}
+	if most, err := s.dev.MaxBlocks(); err == nil {
+		o.MaxTransfer = uint32(min(most*512/uint64(bs), math.MaxUint32))
+	}
+	s.unit, err = scsi.NewUnit(s.disk, o)
+	return err
+}
+
+// close ends the service of a device: the server first, then the disk, then the memory.
+func (s *served) close() error {
+	err := s.uio.stop()
+	<-s.ended
+	return errors.Join(err, s.disk.Close(), s.uio.release())
+}
+
+// remove ends a device that the kernel takes away. Its commands have all been answered.
+func (m *Manager) remove(minor int) error {
+	s := m.taken(minor, true)
+	if s == nil {
+		return errNotOurs
+	}
+	err := s.close()
+	m.log.Info("removed", "device", s.dev.Name)
+	return err
+}
+
+func (m *Manager) reconfigure(ctx context.Context, ev Event) error {
+	s := m.taken(ev.Minor, false)
+	if s == nil {
+		return errNotOurs
+	}
+	switch {
+	case ev.Size != nil:
+		if int64(*ev.Size) != s.disk.Size() {
+			if err := s.handle.Resize(ctx, s.disk, int64(*ev.Size)); err != nil {
+				return fmt.Errorf("resizing %s: %w", s.dev.Name, err)
+			}
+		}
+		s.unit.CapacityChanged()
+		return nil
+	case ev.Config != nil && *ev.Config != s.dev.Config:
+		return fmt.Errorf("%s keeps its image: %w", s.dev.Name, syscall.EOPNOTSUPP)
+	}
+	return nil
+}
+
+// rescan serves devices whose notice was not seen: those that exist when this process starts, and those whose notice was
+// dropped. Whoever waits for an answer to it gets one.
+func (m *Manager) rescan(ctx context.Context) {
+	devices, err := Devices()
+	if err != nil {
+		m.log.Error("looking for devices", "error", err)
+		return
+	}
+	for _, d := range devices {
+		m.mu.Lock()
+		_, have := m.devices[d.Minor]
+		m.mu.Unlock()
+		if have {
+			continue
+		}
+		m.running.Go(func() {
+			err := m.add(ctx, d.Minor, true)
+			if errors.Is(err, errNotOurs) {
+				return
+			}
+			if err != nil {
+				m.log.Error("adopting a device", "device", d.Name, "error", err)
+			}
+			if id, idErr := d.index(); idErr == nil {
+				_ = m.events.Answer(cmdAdded, id, status(err)) // nobody may be waiting for it
+			}
+		})
+	}
+}
+
+// stopAll has every device drain and closes it. Initiators find it busy until the next server comes.
+func (m *Manager) stopAll() error {
+	m.mu.Lock()
+	minors := slices.Collect(maps.Keys(m.devices))
+	m.mu.Unlock()
+	var list []*served
+	for _, minor := range minors {
+		if s := m.taken(minor, true); s != nil {
+			list = append(list, s)
+		}
+	}
+	errs := make([]error, len(list))
+	var wg sync.WaitGroup
+	for i, s := range list {
+		wg.Go(func() { errs[i] = s.stop() })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+// drainPoll is how often a ring that is being stopped is looked at: the kernel tells nobody that it is empty.
+const drainPoll = 10 * time.Millisecond
+
+// stop keeps new commands out, waits for those in the ring, and closes the device.
+func (s *served) stop() error {
+	err := s.dev.Block(true)
+	for !s.ring.drained() {
+		time.Sleep(drainPoll) // no event comes when the last command is done
+	}
+	return errors.Join(err, s.close(), s.dev.Block(false))
+}
