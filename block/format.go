@@ -24,6 +24,8 @@ type FormatOptions struct {
 	Name     string            // of the file, for messages
 	ReadOnly bool              // the device refuses changes, and the file must not be written
 	Options  map[string]string // runtime options by QEMU's names, for example "l2-cache-size"
+	// OnCorrupt, if not nil, is called once when the image has been marked corrupt. It must not wait for the image.
+	OnCorrupt func(error)
 	// OpenBacking opens the backing file that the image names (or that the caller put in its place), read-only. format
 	// is what the image says of it, "" when it says nothing. It applies the caller's policy. It returns nil and no
 	// error when the caller wants the image without its backing: what the image does not hold then reads as zeroes.

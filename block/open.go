@@ -40,6 +40,9 @@ type OpenOptions struct {
 	Policy Policy
 	// Options are the format's runtime options for the top image, by QEMU's names.
 	Options map[string]string
+	// OnCorrupt, if not nil, is called once for an image that has been marked corrupt because a change met impossible
+	// metadata, with its name. The image is only read from then on. It must not wait for the image.
+	OnCorrupt func(name string, err error)
 }
 
 // Backing names a backing file at the user's word, which no policy judges.
@@ -239,6 +242,9 @@ func (l *layer) openFormat(ctx context.Context, file storage.File) (Device, erro
 	fo := FormatOptions{Name: l.path, ReadOnly: l.readOnly, OpenBacking: l.openBacking, OpenDataFile: l.openData}
 	if l == l.top {
 		fo.Options = l.o.Options
+	}
+	if tell := l.o.OnCorrupt; tell != nil {
+		fo.OnCorrupt = func(err error) { tell(l.path, err) }
 	}
 	if format == FormatRaw && probed && !l.readOnly {
 		return openProbedRaw(file, fo)

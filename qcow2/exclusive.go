@@ -20,8 +20,14 @@ func (im *Image) exclusive(ctx context.Context, fn func() error) error {
 	if im.readOnly {
 		return block.ErrReadOnly
 	}
+	if err := im.meta.Corrupt(); err != nil {
+		return err
+	}
 	err := im.meta.Exclusive(ctx, func() error {
 		err := fn()
+		if c := ownCorruption(err); c != nil {
+			im.meta.MarkCorruptGated(c)
+		}
 		if loadErr := im.reload(); loadErr != nil {
 			im.broken = fmt.Errorf("reading the metadata again: %w", loadErr)
 			return errors.Join(err, im.broken)

@@ -40,6 +40,9 @@ type Options struct {
 	CacheCleanInterval time.Duration
 	// Overlap says which structures are protected from being written over; nil means all.
 	Overlap *Structures
+	// OnCorrupt, if not nil, is called once when the image has been marked corrupt because a change met impossible metadata. It
+	// must not wait for the image.
+	OnCorrupt func(error)
 	// PassDiscardRequest, PassDiscardSnapshot and PassDiscardOther say whether the host gets the space of clusters back
 	// that became free because the guest discarded them, because a snapshot was deleted, or for other reasons. By default
 	// the first two are on and the last is off.
@@ -134,7 +137,7 @@ func openFormat(ctx context.Context, file storage.File, o block.FormatOptions) (
 	if err != nil {
 		return nil, err
 	}
-	opts := Options{Name: o.Name, ReadOnly: o.ReadOnly}
+	opts := Options{Name: o.Name, ReadOnly: o.ReadOnly, OnCorrupt: o.OnCorrupt}
 	if err := opts.runtime(o.Options); err != nil {
 		return nil, err
 	}
@@ -342,7 +345,8 @@ func (im *Image) metaConfig(o Options) (meta.Config, error) {
 		OnFree:       func(r meta.ClusterRun) { im.clusters.drop(im.lay, r) },
 		PassDiscard:  o.passDiscard(),
 		Lazy:         im.lazy(), Dirty: h.Incompat&format.IncompatDirty != 0, WriteDirty: im.writeDirty,
-		DataFile: o.DataFile,
+		DataFile:     o.DataFile,
+		WriteCorrupt: im.markCorrupt, OnCorrupt: im.tellCorrupt,
 	}
 	if im.readOnly {
 		return c, nil

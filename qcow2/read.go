@@ -143,7 +143,7 @@ func (im *Image) readBacking(ctx context.Context, p []byte, off int64) error {
 	if im.backing != nil && off < im.backing.Size() {
 		n := min(int64(len(p)), im.backing.Size()-off)
 		if err := im.backing.ReadAt(ctx, p[:n], off); err != nil {
-			return fmt.Errorf("reading backing file: %w", err)
+			return &belowError{err}
 		}
 		p = p[n:]
 	}

@@ -35,6 +35,9 @@ func (im *Image) checkWrite(off, n int64) error {
 	if im.readOnly {
 		return block.ErrReadOnly
 	}
+	if err := im.meta.Corrupt(); err != nil {
+		return err
+	}
 	return block.CheckRange(off, n, im.Size())
 }
 
@@ -57,7 +60,7 @@ func (im *Image) changeMapping(ctx context.Context, s span, fn func() error) err
 		case errors.Is(err, errNotArmed):
 			err = im.armBitmaps(ctx)
 		default:
-			return err
+			return im.judge(err)
 		}
 		if err != nil {
 			return err
@@ -109,7 +112,11 @@ func (im *Image) TryWriteAt(p []byte, off int64) error {
 		return block.ErrWouldBlock
 	}
 	im.mark(span{off, int64(len(p))})
-	return im.overwrite(p, off, int64(run.Entry.HostOffset())+in)
+	err = im.overwrite(p, off, int64(run.Entry.HostOffset())+in)
+	if ownCorruption(err) != nil {
+		return block.ErrWouldBlock // the full request meets it, too, and sees to it
+	}
+	return err
 }
 
 // inPlace reports whether a cluster is this image's alone and holds data, so that writing it changes no mapping.

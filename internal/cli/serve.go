@@ -163,6 +163,9 @@ func (s *server) config(args []string) (daemon.Config, error) {
 	}
 	open := block.OpenOptions{
 		Format: s.format, ReadOnly: s.readOnly, ForceShare: s.forceShare, Policy: s.policy.policy(),
+		OnCorrupt: func(name string, err error) {
+			s.say("%s: Marking image as corrupt: %v; it is only read from now on", name, err)
+		},
 	}
 	if s.cacheSize != "" {
 		if n, err := block.ParseSize(s.cacheSize); err != nil || n <= 0 {

@@ -27,6 +27,8 @@ const (
 	tree      = "qcow2/internal/meta/tree.go"
 	snapshot  = "qcow2/snapshot.go"
 	overlap   = "qcow2/internal/meta/overlap.go"
+	corrupt   = "qcow2/internal/meta/corrupt.go"
+	judge     = "qcow2/corrupt.go"
 	writelog  = "qcow2/internal/meta/writelog.go"
 	writer    = "qcow2/write.go"
 	hostio    = "qcow2/hostio.go"
@@ -154,6 +156,18 @@ var Defects = []Defect{
 		"	if found := s.places.at(r, 0); found != 0 {\n		s.places.add", "	if found := s.places.at(r, 0); found != 0 && r.N < 0 {\n		s.places.add"},
 	{"freed-table-watched", "the place of a table that moved is never used again", overlap,
 		"		s.places.remove(was, r)\n	}\n	switch", "		_ = was\n	}\n	switch"},
+	{"corrupt-not-marked", "an image with impossible metadata goes on being written", judge,
+		"	if c := ownCorruption(err); c != nil {\n		im.meta.MarkCorrupt(c)\n	}\n", ""},
+	{"corrupt-marked-in-memory", "the disk does not say that impossible metadata was met", corrupt,
+		"	if err := s.wreck.write(); err != nil {\n		return err\n	}\n", ""},
+	{"corrupt-frees", "an image that was marked corrupt still frees clusters", store,
+		"	if n == 0 || s.Corrupt() != nil {\n", "	if n == 0 {\n"},
+	{"corrupt-from-below", "a damaged backing file has the image above it marked corrupt", judge,
+		"	case *belowError:\n		return nil\n", ""},
+	{"corrupt-closes-clean", "the dirty bit of an image that was marked corrupt goes at close", dirty,
+		" || s.Corrupt() != nil {\n		return nil", " {\n		return nil"},
+	{"corrupt-told-often", "every change of a corrupt image is an event", corrupt,
+		" && s.wreck.told.CompareAndSwap(false, true) {", " {"},
 	{"table-outgrown", "structures are forgotten when the table of their places grows", overlap,
 		"			s.lanes.Store(lanes)\n			s.group", "			s.lanes.Store(lanes << laneBits)\n			s.group"},
 

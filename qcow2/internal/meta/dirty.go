@@ -57,7 +57,7 @@ func (s *Store) unmark() error {
 	s.settledMu.Lock()
 	left := len(s.settled)
 	s.settledMu.Unlock()
-	if !s.mark.on.Load() || s.mark.stays || left > 0 {
+	if !s.mark.on.Load() || s.mark.stays || left > 0 || s.Corrupt() != nil {
 		return nil
 	}
 	if err := s.mark.write(false); err != nil {

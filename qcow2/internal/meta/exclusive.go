@@ -17,6 +17,7 @@ func (s *Store) Exclusive(ctx context.Context, fn func() error) error {
 		return err
 	}
 	defer s.Epochs.Resume()
+	defer s.tellCorrupt()
 	s.gate.Lock()
 	defer s.gate.Unlock()
 	return s.onSettled(ctx, fn)
@@ -32,6 +33,9 @@ func (s *Store) AtClose(fn func() error) error {
 // onSettled runs fn when everything is on the disk.
 func (s *Store) onSettled(ctx context.Context, fn func() error) error {
 	if err := s.SettleGated(); err != nil {
+		return err
+	}
+	if err := s.Corrupt(); err != nil {
 		return err
 	}
 	if err := ctx.Err(); err != nil {
@@ -76,9 +80,11 @@ func (s *Store) WriteNow(b []byte, off format.HostOff) error {
 	return nil
 }
 
-// SyncNow makes every write so far durable. It is for Exclusive.
+// SyncNow makes what WriteNow wrote durable, and in Exclusive every write so far. The gate is held.
 func (s *Store) SyncNow() error {
-	if s.log.hasDoubt() {
+	// Beside requests, what a failed sync left in doubt is left to the next flush, which waits for them: what is read back
+	// and written again must not change meanwhile.
+	if s.alone && s.log.hasDoubt() {
 		if err := s.log.rewrite(s.file); err != nil {
 			return err
 		}

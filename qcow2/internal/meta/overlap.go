@@ -427,6 +427,7 @@ func (s *Store) openPlaces(c Config, refs *Refcounts) {
 		}
 	}
 	s.places = p
+	s.wreck.write, s.wreck.tell = c.WriteCorrupt, c.OnCorrupt
 	s.l1, s.inactiveL1 = TableAt{c.L1Off, c.L1Len}, c.InactiveL1
 	refs.guard, refs.claim = s.guardClusters, p.add
 	s.Map.guard, s.Map.claim, s.Map.findTables = s.guardClusters, p.add, s.findTables

@@ -52,6 +52,7 @@ type Store struct {
 	file storage.File
 	// places knows what must not be written over; nil when the image is read-only.
 	places     *places
+	wreck      wreck
 	l1         TableAt
 	inactiveL1 []TableAt
 	alone      bool // Exclusive runs; under gate
@@ -103,10 +104,13 @@ type Config struct {
 	BitmapsOff    format.HostOff
 	BitmapsSize   int64
 	Overlap       Structure // what is watched, see Store.Guard
-	Writable      bool
-	CacheBytes    int64 // bound of the L2 cache
-	OnFree        func(ClusterRun)
-	PassDiscard   PassDiscard
+	// WriteCorrupt sets the corrupt bit in the header and syncs. OnCorrupt is told, once, that it was set.
+	WriteCorrupt func() error
+	OnCorrupt    func(error)
+	Writable     bool
+	CacheBytes   int64 // bound of the L2 cache
+	OnFree       func(ClusterRun)
+	PassDiscard  PassDiscard
 	// Lazy: counts may stay in memory between flushes. WriteDirty sets or clears the header's dirty bit and syncs; Dirty
 	// says that it is set.
 	Lazy, Dirty bool
@@ -217,6 +221,7 @@ func (s *Store) runBatch(b *flushBatch) {
 
 // flushOnce runs the pipeline. Only one runs at a time.
 func (s *Store) flushOnce() error {
+	defer s.tellCorrupt()
 	s.gate.Lock()
 	defer s.gate.Unlock()
 	return s.flushGated()
@@ -229,10 +234,13 @@ func (s *Store) flushGated() error {
 	if err := s.writeDoubtAgain(); err != nil {
 		return err
 	}
+	if err := s.writeCorrupt(); err != nil {
+		return err
+	}
 	if err := s.reclaimMarked(); err != nil {
 		return err
 	}
-	if err := s.Refs.growAhead(); err != nil && !errors.Is(err, ErrImageFull) {
+	if err := s.growAhead(); err != nil {
 		return err
 	}
 	g := s.freeze()
@@ -250,7 +258,7 @@ func (s *Store) reclaimMarked() error {
 	s.settledMu.Lock()
 	n := len(s.settled)
 	s.settledMu.Unlock()
-	if n == 0 {
+	if n == 0 || s.Corrupt() != nil {
 		return nil
 	}
 	if s.mark.lazy {
@@ -511,6 +519,23 @@ func (s *Store) finish(g *generation) {
 	s.settledMu.Unlock()
 }
 
+// growAhead has a refcount block ready before it is needed. Metadata that makes that impossible stops later changes, not
+// the flush of those accepted.
+func (s *Store) growAhead() error {
+	if s.Corrupt() != nil {
+		return nil
+	}
+	err := s.Refs.growAhead()
+	if impossible := corruptIn(err); impossible != nil {
+		s.MarkCorruptGated(impossible)
+		return nil
+	}
+	if errors.Is(err, ErrImageFull) {
+		return nil
+	}
+	return err
+}
+
 // reclaim frees what is settled and out of every request's sight. What fails to be freed stays counted: a leak in
 // this process at worst, tried again by the next reclaim.
 func (s *Store) reclaim() {
@@ -527,9 +552,15 @@ func (s *Store) reclaim() {
 	for _, g := range ready {
 		var failed []Retired
 		for _, r := range g.runs {
+			if s.Corrupt() != nil {
+				failed = append(failed, r)
+				continue
+			}
 			rest, err := s.free(r)
-			var impossible *CorruptError
-			if err != nil && !errors.As(err, &impossible) {
+			if impossible := corruptIn(err); impossible != nil {
+				s.MarkCorruptGated(impossible)
+			}
+			if err != nil {
 				failed = append(failed, rest)
 			}
 		}
@@ -571,6 +602,7 @@ func (s *Store) free(r Retired) (rest Retired, err error) {
 
 // Settle makes everything durable, including the counts of clusters freed last. It is called when no request runs.
 func (s *Store) Settle() error {
+	defer s.tellCorrupt()
 	s.gate.Lock()
 	defer s.gate.Unlock()
 	return s.SettleGated()
