@@ -187,12 +187,13 @@ func Create(ctx context.Context, s Storage, passphrase []byte, o CreateOptions) 
 	if err := v.setDigest(ctx, o.Cost); err != nil {
 		return nil, err
 	}
-	slot, material, err := v.wrap(ctx, 0, passphrase, o.Cost)
+	w, err := v.Wrap(ctx, passphrase, o.Cost)
 	if err != nil {
 		return nil, err
 	}
-	v.h.Slots[0] = slot
-	if err := v.writeMaterial(slot, material); err != nil {
+	w.slot.KeyOffset = v.h.Slots[0].KeyOffset
+	v.h.Slots[0] = w.slot
+	if err := v.writeMaterial(w.slot, w.material); err != nil {
 		return nil, err
 	}
 	if _, err := s.WriteAt(v.h.Encode(), 0); err != nil {
@@ -339,31 +340,37 @@ func (v *Volume) slotCipher(ctx context.Context, s Slot, passphrase []byte) (Sec
 	return c, newHash, err
 }
 
-// wrap returns a slot, active, and the material that goes with it.
-func (v *Volume) wrap(ctx context.Context, i int, passphrase []byte, c Cost) (Slot, []byte, error) {
-	s := v.h.Slots[i]
-	s.Active = true
+// WrappedKey is the master key wrapped with a passphrase, for a slot to be chosen.
+type WrappedKey struct {
+	slot     Slot
+	material []byte
+}
+
+// Wrap wraps the master key with a passphrase. It is the costly half of AddKey and writes nothing.
+func (v *Volume) Wrap(ctx context.Context, passphrase []byte, c Cost) (*WrappedKey, error) {
+	w := &WrappedKey{slot: Slot{Active: true, Stripes: Stripes}}
 	var err error
-	if s.Iterations, err = c.iterations(ctx, v.h.Hash, int(v.h.KeyBytes)); err != nil {
-		return s, nil, err
+	if w.slot.Iterations, err = c.iterations(ctx, v.h.Hash, int(v.h.KeyBytes)); err != nil {
+		return nil, err
 	}
-	if _, err := rand.Read(s.Salt[:]); err != nil {
-		return s, nil, fmt.Errorf("making a salt: %w", err)
+	if _, err := rand.Read(w.slot.Salt[:]); err != nil {
+		return nil, fmt.Errorf("making a salt: %w", err)
 	}
-	sc, newHash, err := v.slotCipher(ctx, s, passphrase)
+	sc, newHash, err := v.slotCipher(ctx, w.slot, passphrase)
 	if err != nil {
-		return s, nil, err
+		return nil, err
 	}
 	stripes, err := split(newHash, v.key, Stripes)
 	if err != nil {
-		return s, nil, fmt.Errorf("splitting the master key: %w", err)
+		return nil, fmt.Errorf("splitting the master key: %w", err)
 	}
 	// A key of 24 bytes leaves the last sector in part: its rest is not stored, and no mode needs it to decrypt.
 	material := make([]byte, v.h.materialSectors()*SectorSize)
 	copy(material, stripes)
 	clear(stripes)
 	sc.EncryptSectors(material, material, 0)
-	return s, material[:v.h.materialSize()], nil
+	w.material = material[:v.h.materialSize()]
+	return w, nil
 }
 
 func (v *Volume) writeMaterial(s Slot, material []byte) error {
@@ -385,15 +392,23 @@ const AnySlot = -1
 
 // AddKey wraps the master key with another passphrase, in the given slot or AnySlot, and returns which one it was. A slot
 // in use is overwritten only with force.
-//
-// The new material is durable before the slot's state says active, and so are salt and count: those of one slot lie in two
-// sectors, which a power cut may tear.
 func (v *Volume) AddKey(ctx context.Context, slot int, passphrase []byte, c Cost, force bool) (int, error) {
-	slot, err := v.freeSlot(slot, force)
+	if _, err := v.freeSlot(slot, force); err != nil {
+		return 0, err // before the work
+	}
+	w, err := v.Wrap(ctx, passphrase, c)
 	if err != nil {
 		return 0, err
 	}
-	s, material, err := v.wrap(ctx, slot, passphrase, c)
+	return v.StoreKey(slot, w, force)
+}
+
+// StoreKey is the other half of AddKey.
+//
+// The new material is durable before the slot's state says active, and so are salt and count: those of one slot lie in two
+// sectors, which a power cut may tear.
+func (v *Volume) StoreKey(slot int, w *WrappedKey, force bool) (int, error) {
+	slot, err := v.freeSlot(slot, force)
 	if err != nil {
 		return 0, err
 	}
@@ -401,10 +416,11 @@ func (v *Volume) AddKey(ctx context.Context, slot int, passphrase []byte, c Cost
 	if err := v.setState(slot, false); err != nil {
 		return 0, err
 	}
-	if err := v.writeMaterial(s, material); err != nil {
+	s := w.slot
+	s.KeyOffset, s.Active = v.h.Slots[slot].KeyOffset, false
+	if err := v.writeMaterial(s, w.material); err != nil {
 		return 0, err
 	}
-	s.Active = false
 	if err := v.writeSlot(slot, s); err != nil {
 		return 0, err
 	}
@@ -517,15 +533,20 @@ func (v *Volume) EraseKey(ctx context.Context, passphrase []byte, force bool) ([
 	if slots == nil {
 		return nil, ErrWrongKey
 	}
-	if len(slots) == v.h.ActiveSlots() && !force {
-		return nil, ErrLastSlot
+	return slots, v.EraseSlots(slots, force)
+}
+
+// EraseSlots erases several slots. All that are active are erased only with force.
+func (v *Volume) EraseSlots(slots []int, force bool) error {
+	if len(slots) >= v.h.ActiveSlots() && !force {
+		return ErrLastSlot
 	}
-	for i, slot := range slots {
+	for _, slot := range slots {
 		if err := v.EraseSlot(slot, force); err != nil {
-			return slots[:i], err
+			return err
 		}
 	}
-	return slots, nil
+	return nil
 }
 
 // ChangeKey replaces a passphrase: the new one is in a free slot before those of the old one are erased. It returns the
@@ -542,10 +563,5 @@ func (v *Volume) ChangeKey(ctx context.Context, old, passphrase []byte, c Cost) 
 	if err != nil {
 		return 0, err
 	}
-	for _, i := range slots {
-		if err := v.EraseSlot(i, false); err != nil {
-			return slot, err
-		}
-	}
-	return slot, nil
+	return slot, v.EraseSlots(slots, false)
 }
