@@ -292,6 +292,9 @@ func (v *Volume) check() error {
 // Header returns the volume's header.
 func (v *Volume) Header() Header { return v.h }
 
+// SetStorage has the volume use another way to the same header and key material.
+func (v *Volume) SetStorage(s Storage) { v.s = s }
+
 // Cipher returns what encrypts the volume's sectors.
 func (v *Volume) Cipher() SectorCipher { return v.cipher }
 

@@ -48,6 +48,8 @@ type CreateOptions struct {
 	DataFileRaw bool
 	// DataStorage is the external data file, which Create empties and leaves open. The caller has locked it.
 	DataStorage storage.File
+	// Encrypt encrypts the guest's data; nil for none.
+	Encrypt *EncryptCreateOptions
 }
 
 // ErrInvalidOption is wrapped by every error of Create that the caller's options cause.
@@ -80,13 +82,18 @@ func Create(ctx context.Context, file storage.File, o CreateOptions) error {
 			return err
 		}
 	}
-	if err := writeEmpty(file, h, plan, head); err != nil {
+	var crypt *encryption
+	makeKeys := func() (err error) {
+		crypt, err = o.Encrypt.create(ctx, file, h)
+		return err
+	}
+	if err := writeEmpty(file, h, plan, head, makeKeys); err != nil {
 		return err
 	}
 	if o.preallocation() == PreallocOff {
 		return nil
 	}
-	return preallocate(ctx, file, o)
+	return preallocate(ctx, file, o, crypt)
 }
 
 // Validate returns the error that Create would return for these options before it touches the file.
@@ -133,6 +140,10 @@ func newHeader(o CreateOptions) (*format.Header, error) {
 		return nil, invalid("backing format name is longer than %d bytes", format.MaxBackingFormat)
 	case o.DataFile == "" && (o.DataFileRaw || o.DataStorage != nil):
 		return nil, invalid("data-file-raw requires data-file")
+	case o.DataFileRaw && o.Encrypt != nil:
+		return nil, invalid("encryption and data-file-raw cannot be used at the same time: the data file would not be the disk")
+	case o.DataFile != "" && o.Encrypt != nil && o.Preallocation != PreallocOff:
+		return nil, invalid("encryption and preallocation of an external data file cannot be used at the same time")
 	case o.DataFileRaw && o.BackingFile != "":
 		return nil, invalid("backing file and data-file-raw cannot be used at the same time")
 	case o.BackingFile != "" && o.Preallocation != PreallocOff && !o.ExtendedL2:
@@ -163,14 +174,22 @@ func newHeader(o CreateOptions) (*format.Header, error) {
 	if o.DataFileRaw {
 		h.Autoclear |= format.AutoclearRawData
 	}
+	method, keys, err := o.Encrypt.prepare()
+	if err != nil {
+		return nil, err
+	}
+	h.CryptMethod = method
+	if method == format.CryptLUKS {
+		h.Crypto = &format.CryptoExt{Length: uint64(keys)}
+	}
 	addFeatureNames(h)
 	return h, nil
 }
 
 // imagePlan says how many clusters of each kind an empty image has. They follow the header in this order.
-type imagePlan struct{ refTable, refBlocks, l1 int64 }
+type imagePlan struct{ refTable, refBlocks, keys, l1 int64 }
 
-func (p imagePlan) total() int64 { return 1 + p.refTable + p.refBlocks + p.l1 }
+func (p imagePlan) total() int64 { return 1 + p.refTable + p.refBlocks + p.keys + p.l1 }
 
 // planImage lays an empty image out and puts the places into the header.
 func planImage(h *format.Header) (imagePlan, error) {
@@ -180,6 +199,9 @@ func planImage(h *format.Header) (imagePlan, error) {
 		return imagePlan{}, fmt.Errorf("%w: %w", ErrInvalidOption, err)
 	}
 	p := imagePlan{refTable: 1, refBlocks: 1, l1: lay.ClustersFor(l1 * 8)}
+	if h.Crypto != nil {
+		p.keys = lay.ClustersFor(int64(h.Crypto.Length))
+	}
 	for {
 		blocks := (p.total() + lay.RefcountsPerBlock() - 1) / lay.RefcountsPerBlock()
 		table := lay.ClustersFor(blocks * 8)
@@ -189,12 +211,17 @@ func planImage(h *format.Header) (imagePlan, error) {
 		p.refBlocks, p.refTable = max(blocks, p.refBlocks), max(table, p.refTable)
 	}
 	h.RefTableOffset, h.RefTableLen = lay.Offset(1), uint32(p.refTable)
-	h.L1Offset, h.L1Size = lay.Offset(format.ClusterIdx(1+p.refTable+p.refBlocks)), uint32(l1)
+	keysAt := format.ClusterIdx(1 + p.refTable + p.refBlocks)
+	if h.Crypto != nil {
+		h.Crypto.Offset = lay.Offset(keysAt)
+	}
+	h.L1Offset, h.L1Size = lay.Offset(keysAt+format.ClusterIdx(p.keys)), uint32(l1)
 	return p, nil
 }
 
-// writeEmpty writes the tables, then, when they are durable, the header that makes them an image.
-func writeEmpty(file storage.File, h *format.Header, p imagePlan, head []byte) error {
+// writeEmpty writes the tables and has makeKeys write its part, then, when they are durable, the header that makes them an
+// image.
+func writeEmpty(file storage.File, h *format.Header, p imagePlan, head []byte, makeKeys func() error) error {
 	lay := h.Layout()
 	if err := file.Truncate(0); err != nil {
 		return fmt.Errorf("emptying the file: %w", err)
@@ -225,6 +252,12 @@ func writeEmpty(file storage.File, h *format.Header, p imagePlan, head []byte) e
 		if err := zeroDevice(file, int64(h.L1Offset), int64(h.L1Size)*8); err != nil {
 			return fmt.Errorf("writing L1 table: %w", err)
 		}
+		if err := zeroDevice(file, int64(h.L1Offset)-p.keys*lay.ClusterSize(), p.keys*lay.ClusterSize()); err != nil {
+			return fmt.Errorf("clearing the place of the key slots: %w", err)
+		}
+	}
+	if err := makeKeys(); err != nil {
+		return err
 	}
 	if err := file.Sync(); err != nil {
 		return fmt.Errorf("syncing image file: %w", err)
@@ -251,11 +284,12 @@ func zeroDevice(file storage.File, off, n int64) error {
 }
 
 // preallocate maps every cluster of the new image in file and makes room for it on the host.
-func preallocate(ctx context.Context, file storage.File, o CreateOptions) error {
+func preallocate(ctx context.Context, file storage.File, o CreateOptions, crypt *encryption) error {
 	im, err := Open(ctx, file, Options{CacheCleanInterval: -1, DataFile: o.DataStorage, LazyRefcounts: SwitchOff})
 	if err != nil {
 		return fmt.Errorf("preallocating: %w", err)
 	}
+	im.crypt = crypt // unlocked, without the work of deriving its key again
 	// The file stays the caller's: the image is flushed and left, not closed.
 	if err := im.mapAll(ctx, o.preallocation()); err != nil {
 		return fmt.Errorf("preallocating: %w", err)

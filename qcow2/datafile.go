@@ -195,7 +195,7 @@ func (a *allocation) placeInData(most, in int64) error {
 		return errZeroedLately
 	}
 	a.host = format.HostOff(a.first) << im.lay.ClusterBits
-	a.virgin = im.dataEnd.raise(int64(a.host), a.n<<im.lay.ClusterBits)
+	a.virgin = im.dataEnd.raise(int64(a.host), a.n<<im.lay.ClusterBits) && im.crypt == nil
 	return nil
 }
 

@@ -19,6 +19,9 @@ func (im *Image) Extents(ctx context.Context, off, n int64, fn func(block.Extent
 	if err := block.CheckRange(off, n, im.Size()); err != nil {
 		return err
 	}
+	if im.crypt != nil {
+		fn = withoutHost(fn)
+	}
 	for n > 0 {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -35,6 +38,17 @@ func (im *Image) Extents(ctx context.Context, off, n int64, fn func(block.Extent
 		off, n = off+length, n-length
 	}
 	return nil
+}
+
+// withoutHost takes the places on the host off what this image tells of itself: what lies there is not what the guest
+// reads.
+func withoutHost(fn func(block.Extent) bool) func(block.Extent) bool {
+	return func(x block.Extent) bool {
+		if x.Depth == 0 {
+			x.HasHost, x.Host, x.File = false, 0, ""
+		}
+		return fn(x)
+	}
 }
 
 // runExtents reports one run, in bytes into its first cluster.

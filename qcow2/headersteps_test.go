@@ -40,6 +40,9 @@ func (h *harness) resizeStep() {
 	if size > int64(len(h.model)) {
 		o.Preallocation = qcow2.Preallocation(max(0, h.r.IntN(10)-6))
 	}
+	if h.data != nil && h.v.create.Encrypt != nil {
+		o.Preallocation = qcow2.PreallocOff // ErrDataFile
+	}
 	h.must(fmt.Sprintf("resize to %d (%d)", size, o.Preallocation), h.im.Resize(context.Background(), size, o))
 	model := make([]byte, size)
 	copy(model, h.model)

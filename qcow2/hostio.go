@@ -16,7 +16,13 @@ func (im *Image) readHost(p []byte, off, host int64) error {
 	if err := im.checkPlace(off, host); err != nil {
 		return err
 	}
-	if err := storage.ReadFull(im.data, p, host); err != nil {
+	var err error
+	if im.crypt != nil {
+		err = im.crypt.read(im.data, p, off, host)
+	} else {
+		err = storage.ReadFull(im.data, p, host)
+	}
+	if err != nil {
 		return fmt.Errorf("reading guest offset %#x at host offset %#x: %w", off, host, err)
 	}
 	return nil
@@ -24,11 +30,14 @@ func (im *Image) readHost(p []byte, off, host int64) error {
 
 // tryReadHost is readHost if it can be done without waiting for the disk.
 func (im *Image) tryReadHost(p []byte, off, host int64) error {
-	if im.nowait == nil || im.checkPlace(off, host) != nil {
+	if im.nowait == nil || im.checkPlace(off, host) != nil || im.crypt != nil && !im.crypt.ready(host, len(p)) {
 		return block.ErrWouldBlock
 	}
 	n, err := im.nowait.ReadAtNowait(p, host)
 	if n == len(p) {
+		if im.crypt != nil {
+			im.crypt.decrypt(p, off, host)
+		}
 		return nil
 	}
 	if err == nil {
@@ -41,6 +50,9 @@ func (im *Image) tryReadHost(p []byte, off, host int64) error {
 func (im *Image) writeHost(p []byte, off, host int64) error {
 	if err := im.checkPlace(off, host); err != nil {
 		return err
+	}
+	if im.crypt != nil {
+		return im.writeEncrypted([][]byte{p}, int64(len(p)), off, host)
 	}
 	err := storage.WriteFull(im.data, p, host)
 	im.wroteHost(host, int64(len(p))) // also after a failure, which may have written a part
@@ -62,8 +74,25 @@ func (im *Image) writeHostV(vec [][]byte, off, host int64) error {
 	for _, p := range vec {
 		n += int64(len(p))
 	}
+	if im.crypt != nil {
+		return im.writeEncrypted(vec, n, off, host)
+	}
 	err := storage.WriteVFull(im.data, vec, host)
 	im.wroteHost(host, n)
+	if err != nil {
+		return fmt.Errorf("writing guest offset %#x at host offset %#x: %w", off, host, err)
+	}
+	return nil
+}
+
+// writeEncrypted is writeHostV for encrypted images. What it notes includes the rest of the sectors at either end.
+func (im *Image) writeEncrypted(vec [][]byte, n, off, host int64) error {
+	if im.crypt.cipher == nil {
+		return fmt.Errorf("writing guest offset %#x: %w", off, ErrNoKey)
+	}
+	err := im.crypt.write(im.data, vec, n, off, host)
+	start := host &^ (storage.SectorSize - 1)
+	im.wroteHost(start, roundUp(host+n, storage.SectorSize)-start)
 	if err != nil {
 		return fmt.Errorf("writing guest offset %#x at host offset %#x: %w", off, host, err)
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/luks"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/qcow2/internal/meta"
 	"github.com/droverproject/drover/storage"
@@ -33,6 +34,8 @@ type Options struct {
 	Backing block.Device
 	// DataFile is the external data file, for images that have one. The image owns it and closes it.
 	DataFile storage.File
+	// Encrypt unlocks an encrypted image. Without it such an image opens too, but its data can be neither read nor written.
+	Encrypt *EncryptOptions
 	// CacheSize bounds the cache of L2 tables, ClusterCacheSize that of decompressed clusters; 0 means the default.
 	CacheSize, ClusterCacheSize int64
 	// CacheCleanInterval is how often cached L2 tables are dropped that nobody used in the meantime; 0 means the default,
@@ -93,6 +96,7 @@ type Image struct {
 	dataEnd highWater // of an external data file
 	packed  sync.Pool // *[]byte, one cluster long
 	backing block.Device
+	crypt   *encryption // nil when the image is not encrypted
 	hdr     *format.Header
 	lay     format.Layout
 	size    atomic.Int64 // bytes of the disk; changed only by exclusive
@@ -204,11 +208,16 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 	if err := im.refuse(o); err != nil {
 		return nil, err
 	}
+	crypt, err := openEncryption(ctx, file, hdr, o.Encrypt)
+	if err != nil {
+		return nil, err
+	}
 	if !o.ReadOnly && hdr.Incompat&format.IncompatDirty != 0 {
 		if im, err = reopenRepaired(ctx, file, o); err != nil {
 			return nil, err
 		}
 	}
+	im.crypt = crypt
 	if err := im.openData(o); err != nil {
 		return nil, err
 	}
@@ -233,6 +242,7 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 func newImage(file storage.File, hdr *format.Header, o Options) *Image {
 	im := &Image{name: o.Name, file: file, data: file, backing: o.Backing, hdr: hdr, lay: hdr.Layout(),
 		readOnly: o.ReadOnly, opts: o}
+	im.opts.Encrypt = nil // no secret is kept
 	im.size.Store(hdr.DiskSize())
 	im.incompat = hdr.Incompat
 	if im.name == "" {
@@ -295,9 +305,6 @@ func readHeader(file storage.File) (*format.Header, error) {
 // refuse returns why the image cannot be opened as asked.
 func (im *Image) refuse(o Options) error {
 	h := im.hdr
-	if h.CryptMethod != format.CryptNone {
-		return errors.New("image is encrypted: encryption is not available in this version")
-	}
 	if err := im.refuseData(o); err != nil {
 		return err
 	}
@@ -313,6 +320,7 @@ func (im *Image) refuse(o Options) error {
 		{h.Incompat&format.IncompatCorrupt != 0, "it is marked corrupt"},
 		{im.lay.DataFile && h.SnapshotCount > 0, "it has both an external data file and internal snapshots"},
 		{im.lay.DataFile && o.DataFile.Stat().ReadOnly, "the external data file is read-only"},
+		{im.raw() && h.CryptMethod != format.CryptNone, "it is encrypted, and its external data file is to be a raw image"},
 	} {
 		if c.yes {
 			why = append(why, c.why)
@@ -412,10 +420,13 @@ func (im *Image) Size() int64 { return im.size.Load() }
 func (im *Image) Info() block.Info { return *im.info.Load() }
 
 func (im *Image) noteInfo() {
-	cs := int(im.lay.ClusterSize())
+	cs, unit := int(im.lay.ClusterSize()), 1
+	if im.crypt != nil {
+		unit = luks.SectorSize
+	}
 	im.info.Store(&block.Info{
 		Format: "qcow2", Name: im.name, ReadOnly: im.readOnly,
-		MinAlign: 1, PreferAlign: max(4096, min(cs, 64<<10)), DiscardAlign: int(im.lay.SubclusterSize()),
+		MinAlign: unit, PreferAlign: max(4096, min(cs, 64<<10)), DiscardAlign: int(im.lay.SubclusterSize()),
 		FastZero: im.lay.Version >= format.Version3, Volatile: true,
 	})
 }

@@ -1,13 +1,11 @@
 package qcow2
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 	"fmt"
-	"strings"
 	"time"
 
+	"github.com/droverproject/drover/luks"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/storage"
 )
@@ -200,65 +198,30 @@ func readBitmapDirectory(file storage.File, h *format.Header) ([]format.Bitmap, 
 	return list, nil
 }
 
-// The layout of a LUKS1 header.
-const (
-	luksHeaderSize = 592
-	luksSlots      = 8
-	luksSlotOffset = 208
-	luksSlotSize   = 48
-	luksSlotActive = 0x00AC71F3
-)
-
-var luksMagic = []byte("LUKS\xba\xbe\x00\x01") // with the version, 1
-
 func readEncryption(file storage.File, h *format.Header) (*EncryptionInfo, error) {
 	switch h.CryptMethod {
 	case format.CryptNone:
 		return nil, nil
 	case format.CryptAES:
-		return &EncryptionInfo{Format: "aes"}, nil
+		return &EncryptionInfo{Format: EncryptAES}, nil
 	}
-	off := int64(h.Crypto.Offset)
-	b := make([]byte, luksHeaderSize)
-	if off < 0 {
-		return nil, fmt.Errorf("LUKS header at host offset %#x is outside the file", h.Crypto.Offset)
+	l, err := luks.ReadHeader(keyArea{h.Crypto, file})
+	if err != nil {
+		return nil, fmt.Errorf("reading LUKS header at host offset %#x: %w", h.Crypto.Offset, err)
 	}
-	if err := storage.ReadFull(file, b, off); err != nil {
-		return nil, fmt.Errorf("reading LUKS header at host offset %#x: %w", off, err)
-	}
-	if !bytes.HasPrefix(b, luksMagic) {
-		return nil, fmt.Errorf("reading LUKS header at host offset %#x: Volume is not in LUKS format", off)
-	}
-	return &EncryptionInfo{Format: "luks", LUKS: parseLUKS(b)}, nil
+	return &EncryptionInfo{Format: EncryptLUKS, LUKS: luksInfo(l)}, nil
 }
 
-func parseLUKS(b []byte) *LUKSInfo {
-	u32 := func(off int) int64 { return int64(binary.BigEndian.Uint32(b[off:])) }
-	text := func(off, n int) string {
-		s, _, _ := bytes.Cut(b[off:off+n], []byte{0})
-		return string(s)
-	}
-	const sector = 512
+func luksInfo(h *luks.Header) *LUKSInfo {
+	s := h.Spec()
 	l := &LUKSInfo{
-		HashAlg:        text(72, 32),
-		PayloadOffset:  u32(104) * sector,
-		MasterKeyIters: u32(164),
-		UUID:           text(168, 40),
+		CipherAlg: h.CipherAlg(), CipherMode: s.Mode, IVGenAlg: s.IVGen, IVGenHash: s.IVHash, HashAlg: h.Hash, UUID: h.UUID,
+		PayloadOffset: int64(h.PayloadOffset) * luks.SectorSize, MasterKeyIters: int64(h.DigestIterations),
 	}
-	// The mode field is "mode-ivgen" or "mode-ivgen:hash", for example "xts-plain64".
-	mode, iv, _ := strings.Cut(text(40, 32), "-")
-	l.CipherMode = mode
-	l.IVGenAlg, l.IVGenHash, _ = strings.Cut(iv, ":")
-	keyBits := u32(108) * 8
-	if mode == "xts" {
-		keyBits /= 2 // xts has two keys
-	}
-	l.CipherAlg = fmt.Sprintf("%s-%d", text(8, 32), keyBits)
-	for i := range luksSlots {
-		s := luksSlotOffset + i*luksSlotSize
-		slot := LUKSSlot{Active: u32(s) == luksSlotActive, KeyOffset: u32(s+40) * sector}
-		if slot.Active {
-			slot.Iters, slot.Stripes = u32(s+4), u32(s+44)
+	for _, k := range h.Slots {
+		slot := LUKSSlot{Active: k.Active, KeyOffset: int64(k.KeyOffset) * luks.SectorSize}
+		if k.Active {
+			slot.Iters, slot.Stripes = int64(k.Iterations), int64(k.Stripes)
 		}
 		l.Slots = append(l.Slots, slot)
 	}

@@ -27,7 +27,7 @@ type variant struct {
 }
 
 func (v variant) String() string {
-	return fmt.Sprintf("v%d extended=%v cluster=%d refcount=%d size=%d backing=%d prealloc=%d cache=%d data=%v raw=%v", v.create.Version, v.create.ExtendedL2, v.create.ClusterSize,
+	return fmt.Sprintf("v%d encrypted=%v extended=%v cluster=%d refcount=%d size=%d backing=%d prealloc=%d cache=%d data=%v raw=%v", v.create.Version, v.create.Encrypt, v.create.ExtendedL2, v.create.ClusterSize,
 		v.create.RefcountBits, v.create.Size, v.backing, v.create.Preallocation, v.cache, v.data, v.create.DataFileRaw)
 }
 
@@ -54,6 +54,9 @@ func drawVariant(r *rand.Rand) variant {
 	if c.Version == 3 && r.IntN(4) == 0 {
 		v.data, c.DataFile = true, "model.data"
 		c.DataFileRaw = v.backing == 0 && r.IntN(2) == 0
+	}
+	if r.IntN(4) == 0 && !c.DataFileRaw && !(v.data && c.Preallocation != qcow2.PreallocOff) {
+		c.Encrypt = encryptions[r.IntN(len(encryptions))]
 	}
 	return v
 }
@@ -105,6 +108,9 @@ func (h *harness) open() {
 	}
 	if h.base != nil {
 		o.Backing = blocktest.NewBytes(h.base)
+	}
+	if e := h.v.create.Encrypt; e != nil {
+		o.Encrypt = &qcow2.EncryptOptions{Secret: e.Secret}
 	}
 	im, err := qcow2.Open(context.Background(), keepOpen{h.file}, o)
 	if err != nil {
@@ -242,6 +248,13 @@ func (h *harness) checkExtents(off, n int64) {
 // writeCompressed writes whole clusters compressed, of contents that shrink by much, by little and not at all.
 func (h *harness) writeCompressed(off, n int64) {
 	h.t.Helper()
+	if h.v.create.Encrypt != nil {
+		err := h.im.WriteCompressed(context.Background(), h.model[off:off+n], off)
+		if n > 0 && !errors.Is(err, block.ErrNoCompression) {
+			h.t.Fatalf("%v: compressed write to an encrypted image: %v", h.v, err)
+		}
+		return
+	}
 	cs := h.v.create.ClusterSize
 	off &^= cs - 1
 	n = min((n+cs-1)&^(cs-1), int64(len(h.model))-off, max(cs, 1<<20))
@@ -300,6 +313,10 @@ func (h *harness) finish() {
 // qemuCheck has stock qemu-img check the image, and compare it with the model.
 func (h *harness) qemuCheck() {
 	h.t.Helper()
+	if h.v.create.Encrypt != nil {
+		h.qemuCompareEncrypted()
+		return
+	}
 	path := qemuCheckFile(h.t, h.file, h.base, h.data)
 	if path == "" {
 		return

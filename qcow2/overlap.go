@@ -45,6 +45,9 @@ func (im *Image) places(c *meta.Config, o Options, snapshots []format.Snapshot, 
 			c.InactiveL1 = append(c.InactiveL1, meta.TableAt{Off: s.L1Offset, Len: int64(s.L1Size)})
 		}
 	}
+	if x := im.hdr.Crypto; x != nil && x.Offset < format.MaxHostOffset && x.Length < uint64(format.MaxHostOffset) {
+		c.KeysOff, c.KeysSize = x.Offset, int64(x.Length)
+	}
 	if b := im.hdr.Bitmaps; b != nil {
 		c.BitmapsOff, c.BitmapsSize = b.DirectoryOffset, int64(b.DirectorySize)
 	}

@@ -52,6 +52,9 @@ func (p preallocation) mapRun(c meta.GuestCluster, n int64) (int64, error) {
 		return 0, err
 	}
 	defer edit.Done()
+	if im.lay.DataFile && im.crypt != nil {
+		return 0, fmt.Errorf("preallocation of an encrypted image: %w", ErrDataFile)
+	}
 	host, n := format.HostOff(c)<<im.lay.ClusterBits, min(n, edit.N) // where it lies in an external data file
 	if !im.lay.DataFile {
 		run, virgin, err := im.meta.Refs.Alloc(n)
@@ -62,15 +65,47 @@ func (p preallocation) mapRun(c meta.GuestCluster, n int64) (int64, error) {
 		if err := p.reserve(int64(host), n<<im.lay.ClusterBits, virgin); err != nil {
 			return 0, errors.Join(err, im.meta.Refs.Release(run))
 		}
+		if err := p.encryptZeroes(c, int64(host), n); err != nil {
+			return 0, errors.Join(err, im.meta.Refs.Release(run))
+		}
 	}
 	edit.Put(0, n, func(k int64, _ meta.Entry) meta.Entry {
-		e := im.dataEntry(host + format.HostOff(k<<im.lay.ClusterBits))
-		if p.through {
-			e.Bitmap = 0
-		}
-		return e
+		return p.entry(host + format.HostOff(k<<im.lay.ClusterBits))
 	})
 	return n, nil
+}
+
+// entry returns the entry of a preallocated cluster. In an encrypted image it says that the cluster is zeroes, for what lies
+// on the host is not.
+func (p preallocation) entry(host format.HostOff) meta.Entry {
+	e := p.im.dataEntry(host)
+	switch {
+	case p.through:
+		e.Bitmap = 0
+	case p.im.crypt == nil || p.im.lay.Version < format.Version3:
+	case p.im.lay.ExtendedL2:
+		e.Bitmap = format.BitmapAllZero
+	default:
+		e.Word = format.MakeL2ZeroAlloc(host, true)
+	}
+	return e
+}
+
+// encryptZeroes writes zeroes as the guest is to read them where no entry can stand for them: to version 2 images.
+func (p preallocation) encryptZeroes(c meta.GuestCluster, host, n int64) error {
+	im := p.im
+	if im.crypt == nil || im.lay.Version >= format.Version3 {
+		return nil
+	}
+	off := int64(c) << im.lay.ClusterBits
+	for end := off + n<<im.lay.ClusterBits; off < end; {
+		part := min(end-off, int64(len(zeroChunk)))
+		if err := im.writeHost(zeroChunk[:part], off, host); err != nil {
+			return err
+		}
+		off, host = off+part, host+part
+	}
+	return nil
 }
 
 // reserve makes length bytes at host ready: they read as zeroes, and the file reaches to their end. virgin says that they

@@ -93,7 +93,7 @@ func (im *Image) newView(s *format.Snapshot) (*Image, error) {
 	o := im.opts
 	o.Name, o.ReadOnly = im.name+"@"+s.Name, true
 	view := newImage(keptFile{im.file}, &hdr, o)
-	view.backing, view.parent = im.backing, im
+	view.backing, view.parent, view.crypt = im.backing, im, im.crypt
 	if err := view.openMeta(o); err != nil {
 		return nil, err
 	}

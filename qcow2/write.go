@@ -101,7 +101,7 @@ func (im *Image) TryWriteAt(p []byte, off int64) error {
 	if err := im.checkWrite(off, int64(len(p))); err != nil {
 		return err
 	}
-	if !im.meta.GuardReady() {
+	if !im.meta.GuardReady() || im.crypt != nil && !wholeSectors(off, len(p)) {
 		return block.ErrWouldBlock
 	}
 	run, in, err := im.lookup(off, int64(len(p)), false)
@@ -224,7 +224,8 @@ func (a *allocation) plan(most, in int64) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("allocating %d clusters for guest cluster %d: %w", a.n, a.first, err)
 	}
-	a.n, a.host, a.fresh, a.virgin = alloc.N, im.lay.Offset(alloc.First), true, virgin
+	a.n, a.host, a.fresh = alloc.N, im.lay.Offset(alloc.First), true
+	a.virgin = virgin && im.crypt == nil // zeroes on the host are noise to the guest of an encrypted image
 	return true, nil
 }
 

@@ -411,6 +411,7 @@ func (s *Store) openPlaces(c Config, refs *Refcounts) {
 	lay := c.Layout
 	p.runs = append(p.runs,
 		placedRun{ClusterRun{0, 1}, MainHeader},
+		placedRun{clustersOf(lay, c.KeysOff, c.KeysSize), MainHeader}, // as precious: without its keys an image is lost
 		placedRun{clustersOf(lay, c.L1Off, c.L1Len*8), ActiveL1},
 		placedRun{clustersOf(lay, c.RefTableOff, c.RefTableLen*lay.ClusterSize()), RefcountTable},
 		placedRun{clustersOf(lay, c.SnapshotsOff, c.SnapshotsSize), SnapshotTable},

@@ -103,6 +103,8 @@ type Config struct {
 	InactiveL1    []TableAt // the L1 tables of snapshots
 	BitmapsOff    format.HostOff
 	BitmapsSize   int64
+	KeysOff       format.HostOff // LUKS header and key material
+	KeysSize      int64
 	Overlap       Structure // what is watched, see Store.Guard
 	// WriteCorrupt sets the corrupt bit in the header and syncs. OnCorrupt is told, once, that it was set.
 	WriteCorrupt func() error
