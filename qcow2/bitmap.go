@@ -126,17 +126,23 @@ func (im *Image) loadBitmaps() error {
 	if err != nil {
 		return err
 	}
-	return im.setBitmaps(list)
+	im.setBitmaps(list)
+	for _, m := range im.bm.enabled {
+		if err := im.useTable(m); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // setBitmaps takes list for what the directory that the header names says. No request runs.
-func (im *Image) setBitmaps(list []format.Bitmap) error {
+func (im *Image) setBitmaps(list []format.Bitmap) {
 	b := &im.bm
 	b.list, b.enabled, b.ext, b.tables = nil, nil, im.hdr.Bitmaps, 0
 	b.armed.Store(false)
 	b.inUse = false
 	if b.ext == nil {
-		return nil
+		return
 	}
 	at := b.ext.DirectoryOffset
 	for i := range list {
@@ -146,13 +152,9 @@ func (im *Image) setBitmaps(list []format.Bitmap) error {
 		if im.readOnly || m.Flags&format.BitmapAuto == 0 || m.inUse() {
 			continue
 		}
-		if err := im.useTable(m); err != nil {
-			return err
-		}
 		m.delta = bitmap.New(im.Size(), m.GranularityBits)
 		b.enabled = append(b.enabled, m)
 	}
-	return nil
 }
 
 // bitmapsReloaded is called when the header was read again after an operation on the whole image: another directory than
@@ -193,7 +195,7 @@ func (im *Image) usableBitmap(name string) (*dirtyBitmap, error) {
 // useTable is loadTable for a table that must be the one that a disk of this size has.
 func (im *Image) useTable(m *dirtyBitmap) error {
 	if n := im.lay.BitmapTableEntries(im.Size(), m.GranularityBits); int64(m.TableSize) != n {
-		return fmt.Errorf("bitmap %.64q: its table has %d entries, not the %d of this disk", m.Name, m.TableSize, n)
+		return bitmapErrorf("bitmap %.64q: its table has %d entries, not the %d of this disk", m.Name, m.TableSize, n)
 	}
 	return im.loadTable(m)
 }
@@ -213,9 +215,9 @@ func (im *Image) loadTable(m *dirtyBitmap) error {
 	n := int64(m.TableSize) * 8
 	switch {
 	case m.TableOffset > 1<<62 || int64(m.TableOffset) > size-n:
-		return fmt.Errorf("bitmap %.64q: its table at host offset %#x reaches past the end of the file", m.Name, m.TableOffset)
+		return bitmapErrorf("bitmap %.64q: its table at host offset %#x reaches past the end of the file", m.Name, m.TableOffset)
 	case im.bm.tables+n > min(size, maxBitmapTables):
-		return fmt.Errorf("bitmap %.64q: the tables of the bitmaps are longer than the file, or than %d bytes", m.Name, maxBitmapTables)
+		return bitmapErrorf("bitmap %.64q: the tables of the bitmaps are longer than the file, or than %d bytes", m.Name, maxBitmapTables)
 	}
 	raw := make([]byte, n)
 	if err := storage.ReadFull(im.file, raw, int64(m.TableOffset)); err != nil {
@@ -227,7 +229,7 @@ func (im *Image) loadTable(m *dirtyBitmap) error {
 	for i, w := range words {
 		table[i] = format.BitmapEntry(w)
 		if !table[i].Valid(im.lay) || int64(table[i].Offset()) > size {
-			return fmt.Errorf("bitmap %.64q: its table at host offset %#x has an invalid entry %#x", m.Name, m.TableOffset, w)
+			return bitmapErrorf("bitmap %.64q: its table at host offset %#x has an invalid entry %#x", m.Name, m.TableOffset, w)
 		}
 	}
 	m.table = table

@@ -79,6 +79,11 @@ func (e *bitmapEdit) commit(list []format.Bitmap) error {
 		}
 		ext = &format.BitmapsExt{Count: uint32(len(list)), DirectorySize: uint64(len(b)), DirectoryOffset: at}
 	}
+	if old := im.hdr.Bitmaps; old != nil {
+		if err := e.freeRun(clustersOf(im.lay, old.DirectoryOffset, int64(old.DirectorySize)), meta.BitmapDirectory); err != nil {
+			return err
+		}
+	}
 	if err := im.meta.SettleGated(); err != nil {
 		return err
 	}
@@ -97,16 +102,14 @@ func (e *bitmapEdit) commit(list []format.Bitmap) error {
 	} else {
 		im.meta.SetBitmapDirectory(0, 0)
 	}
-	if old := im.hdr.Bitmaps; old != nil {
-		e.freeRun(clustersOf(im.lay, old.DirectoryOffset, int64(old.DirectorySize)))
-	}
 	for _, r := range e.old {
 		im.meta.Refs.Retire(meta.Retired{ClusterRun: r, Cause: meta.CauseOther})
 	}
 	h := *im.hdr
 	setBitmapsExt(&h, ext)
 	im.hdr = &h
-	return errors.Join(err, im.setBitmaps(list))
+	im.setBitmaps(list)
+	return err
 }
 
 // visible reports after an error whether the file shows the new header.
@@ -136,15 +139,18 @@ func clustersOf(lay format.Layout, off format.HostOff, n int64) meta.ClusterRun 
 	return meta.ClusterRun{First: lay.Cluster(off), N: lay.ClustersFor(n)}
 }
 
-// freeRun gives clusters up when the new directory is in place: those that are counted once, and are none of the structures
-// that the header names. Others are not this bitmap's alone, whatever its table says, and stay for a repair.
-func (e *bitmapEdit) freeRun(r meta.ClusterRun) {
+// freeRun gives clusters up when the new directory is in place: those that are counted once, and lie in none of the image's
+// other structures. Others are not this bitmap's alone, whatever its table says, and stay for a repair.
+func (e *bitmapEdit) freeRun(r meta.ClusterRun, but meta.Structure) error {
 	if e.seen == nil {
 		e.seen = make(map[format.ClusterIdx]bool)
 	}
 	for c := r.First; c < r.End(); c++ {
 		n, err := e.im.meta.Refs.Get(c)
-		if err != nil || n != 1 || e.seen[c] || e.im.meta.Guard(e.im.lay.Offset(c), 1) != nil {
+		if err != nil {
+			return err
+		}
+		if n != 1 || e.seen[c] || but == 0 && e.im.meta.Guard(e.im.lay.Offset(c), 1) != nil {
 			continue
 		}
 		e.seen[c] = true
@@ -154,25 +160,29 @@ func (e *bitmapEdit) freeRun(r meta.ClusterRun) {
 		}
 		e.old = append(e.old, meta.ClusterRun{First: c, N: 1})
 	}
+	return nil
 }
 
-func (e *bitmapEdit) freeCluster(entry format.BitmapEntry) {
-	if entry.Offset() != 0 {
-		e.freeRun(meta.ClusterRun{First: e.im.lay.Cluster(entry.Offset()), N: 1})
+func (e *bitmapEdit) freeCluster(entry format.BitmapEntry) error {
+	if entry.Offset() == 0 {
+		return nil
 	}
+	return e.freeRun(meta.ClusterRun{First: e.im.lay.Cluster(entry.Offset()), N: 1}, 0)
 }
 
 // freeTable gives up a bitmap's table, without what it names.
-func (e *bitmapEdit) freeTable(m *dirtyBitmap) {
-	e.freeRun(clustersOf(e.im.lay, m.TableOffset, int64(m.TableSize)*8))
+func (e *bitmapEdit) freeTable(m *dirtyBitmap) error {
+	return e.freeRun(clustersOf(e.im.lay, m.TableOffset, int64(m.TableSize)*8), 0)
 }
 
 // freeBitmap gives up a bitmap's table and bits.
-func (e *bitmapEdit) freeBitmap(m *dirtyBitmap) {
+func (e *bitmapEdit) freeBitmap(m *dirtyBitmap) error {
 	for _, entry := range m.table {
-		e.freeCluster(entry)
+		if err := e.freeCluster(entry); err != nil {
+			return err
+		}
 	}
-	e.freeTable(m)
+	return e.freeTable(m)
 }
 
 // index returns where in the directory a bitmap is.
@@ -276,8 +286,12 @@ func (im *Image) RemoveBitmap(ctx context.Context, name string) error {
 			return nil, err
 		}
 		m := im.bm.list[i]
-		if im.loadTable(m) == nil { // of a table that makes no sense nothing is freed
-			e.freeBitmap(m)
+		var broken *bitmapError // of a table that makes no sense nothing is freed
+		if err = im.loadTable(m); err == nil {
+			err = e.freeBitmap(m)
+		}
+		if err != nil && !errors.As(err, &broken) {
+			return nil, err
 		}
 		list := im.bitmapList()
 		return append(list[:i], list[i+1:]...), nil
@@ -317,10 +331,9 @@ func (im *Image) ClearBitmap(ctx context.Context, name string) error {
 		if err != nil {
 			return nil, err
 		}
-		e.freeBitmap(m)
 		list := im.bitmapList()
 		list[i].TableOffset = off
-		return list, nil
+		return list, e.freeBitmap(m)
 	})
 }
 
@@ -427,7 +440,9 @@ func (e *bitmapEdit) merged(m *dirtyBitmap, add *bitmap.Bitmap) (format.HostOff,
 		if table[i].AllOnes() {
 			continue
 		}
-		e.freeCluster(table[i])
+		if err := e.freeCluster(table[i]); err != nil {
+			return 0, err
+		}
 		if _, all := delta.Touched(i*cs, min(cs, n-i*cs)); all {
 			table[i] = format.BitmapEntryOnes
 			continue
@@ -442,6 +457,8 @@ func (e *bitmapEdit) merged(m *dirtyBitmap, add *bitmap.Bitmap) (format.HostOff,
 		}
 		table[i] = format.MakeBitmapEntry(off)
 	}
-	e.freeTable(m)
+	if err := e.freeTable(m); err != nil {
+		return 0, err
+	}
 	return im.placeNew(&e.undo, encodeBitmapTable(table))
 }

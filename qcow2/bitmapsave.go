@@ -94,6 +94,9 @@ type bitmapChange struct {
 func (s *bitmapSave) bits() error {
 	cs := s.im.lay.ClusterSize()
 	for _, m := range s.im.bm.enabled {
+		if err := s.im.useTable(m); err != nil {
+			return err
+		}
 		n := s.im.bitmapBytes(m)
 		for at := m.delta.NextTouched(0); at < n; at = m.delta.NextTouched((at/cs + 1) * cs) {
 			if err := s.cluster(m, at/cs, min(cs, n-at/cs*cs)); err != nil {
@@ -224,7 +227,9 @@ func (e *bitmapEdit) resized(size int64) ([]format.Bitmap, error) {
 		table := make([]format.BitmapEntry, n)
 		kept := copy(table, m.table)
 		for _, gone := range m.table[kept:] {
-			e.freeCluster(gone)
+			if err := e.freeCluster(gone); err != nil {
+				return nil, err
+			}
 		}
 		if kept > 0 {
 			if err := e.trimEntry(&table[kept-1], int64(kept-1), size, m.GranularityBits); err != nil {
@@ -235,7 +240,9 @@ func (e *bitmapEdit) resized(size int64) ([]format.Bitmap, error) {
 		if err != nil {
 			return nil, err
 		}
-		e.freeTable(m)
+		if err := e.freeTable(m); err != nil {
+			return nil, err
+		}
 		list[i].TableOffset, list[i].TableSize = off, uint32(n)
 	}
 	return list, nil
@@ -260,9 +267,9 @@ func (e *bitmapEdit) trimEntry(entry *format.BitmapEntry, i, size int64, granula
 	if err != nil {
 		return err
 	}
-	e.freeCluster(*entry)
+	old := *entry
 	*entry = format.MakeBitmapEntry(off)
-	return nil
+	return e.freeCluster(old)
 }
 
 // readHeaderAgain reads the header as the file shows it now, a few times if need be: after a write that failed it

@@ -123,6 +123,7 @@ type workload struct {
 	im    *qcow2.Image
 	fails bool // some syncs fail
 	ids   atomic.Int64
+	also  func(*storage.MemFile) error // looks at each state, too
 }
 
 func newWorkload(t *testing.T, d *explore.Disk, fails bool) *workload {
@@ -238,6 +239,11 @@ func judge(t *testing.T, w *workload, seed uint64) {
 		d := w.disk.With(s.Files)
 		if err := content(d, s.Image, h); err != nil {
 			return err
+		}
+		if w.also != nil {
+			if err := w.also(s.Image); err != nil {
+				return err
+			}
 		}
 		if n%16 == 0 {
 			if err := sameSnapshots(d, s.Image, snapshots); err != nil {
