@@ -23,7 +23,7 @@ func TestBitmaps(t *testing.T) {
 				seed := *seed0 + uint64(k)
 				clients := []int{1, 3}[k%2]
 				w := newWorkload(t, d, k%4 == 2)
-				w.also = func(f *storage.MemFile) error { return d.CheckBitmaps(f, false) }
+				w.also = func(d *explore.Disk, f *storage.MemFile) error { return d.CheckBitmaps(f, false) }
 				w.runWithBitmaps(seed, clients, 40/clients)
 				judge(t, w, seed+uint64(i)<<32)
 				if t.Failed() {
@@ -58,7 +58,11 @@ func (w *workload) runWithBitmaps(seed uint64, clients, steps int) {
 	}
 	wg.Wait()
 	w.close()
-	if err := w.disk.CheckBitmaps(w.file, true); err != nil {
+	opened := *w.disk
+	if len(w.all) > 1 {
+		opened.Data = w.all[1]
+	}
+	if err := opened.CheckBitmaps(w.file, true); err != nil {
 		w.t.Errorf("after close: %v", err)
 	}
 }
@@ -67,7 +71,7 @@ func (w *workload) runWithBitmaps(seed uint64, clients, steps int) {
 func TestBitmapsResize(t *testing.T) {
 	ctx := context.Background()
 	for _, start := range explore.BitmapStarts() {
-		if start.QEMU != nil || start.Backing || start.Fill > 0 {
+		if start.QEMU != nil || start.Backing || start.Fill > 0 || start.Data {
 			continue
 		}
 		t.Run(start.Name, func(t *testing.T) {

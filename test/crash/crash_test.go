@@ -123,7 +123,7 @@ type workload struct {
 	im    *qcow2.Image
 	fails bool // some syncs fail
 	ids   atomic.Int64
-	also  func(*storage.MemFile) error // looks at each state, too
+	also  func(*explore.Disk, *storage.MemFile) error // looks at each state, too
 }
 
 func newWorkload(t *testing.T, d *explore.Disk, fails bool) *workload {
@@ -241,7 +241,7 @@ func judge(t *testing.T, w *workload, seed uint64) {
 			return err
 		}
 		if w.also != nil {
-			if err := w.also(s.Image); err != nil {
+			if err := w.also(d, s.Image); err != nil {
 				return err
 			}
 		}

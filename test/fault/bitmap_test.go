@@ -2,7 +2,6 @@ package fault
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"testing"
@@ -42,9 +41,7 @@ func TestBitmapsEachCallOnce(t *testing.T) {
 
 // runBitmaps is run with a change of the bitmaps after every third request.
 func (w *workload) runBitmaps(fault *storage.Fault) (calls int, err error) {
-	mem := w.disk.Image.Clone()
-	file := storage.NewFaultFile(explore.KeepOpen{File: mem})
-	im, err := w.disk.Open(file, false)
+	im, file, files, err := w.start()
 	if err != nil {
 		return 0, err
 	}
@@ -70,10 +67,10 @@ func (w *workload) runBitmaps(fault *storage.Fault) (calls int, err error) {
 	}
 	calls = file.Calls(storage.OpAny) - before
 	file.Clear()
-	if err := w.finish(im, mem, model); err != nil {
+	if err := w.finish(im, files, model); err != nil {
 		return 0, err
 	}
-	return calls, w.disk.CheckBitmaps(mem, true)
+	return calls, w.disk.With(files).CheckBitmaps(files[0], true)
 }
 
 // TestBitmapsBroken has every call of one kind fail from some moment on: what is left never claims too little.
@@ -95,9 +92,7 @@ func TestBitmapsBroken(t *testing.T) {
 }
 
 func (w *workload) runBitmapsBroken(f storage.Fault) error {
-	mem := w.disk.Image.Clone()
-	file := storage.NewFaultFile(explore.KeepOpen{File: mem})
-	im, err := w.disk.Open(file, false)
+	im, file, files, err := w.start()
 	if err != nil {
 		return err
 	}
@@ -117,9 +112,9 @@ func (w *workload) runBitmapsBroken(f storage.Fault) error {
 	if err := im.Close(); err != nil && !isFault(err) {
 		return fmt.Errorf("close: %w", err)
 	}
-	report, err := qcow2.CheckFile(context.Background(), mem, qcow2.CheckOptions{})
+	report, err := qcow2.CheckFile(context.Background(), files[0], qcow2.CheckOptions{})
 	if err != nil || report.Corruptions != 0 || report.CheckErrors != 0 {
 		return fmt.Errorf("check: %+v (%w)", report, err)
 	}
-	return errors.Join(w.disk.CheckBitmaps(mem, false))
+	return w.disk.With(files).CheckBitmaps(files[0], false)
 }
