@@ -137,13 +137,15 @@ func (a amendment) checkDowngrade() error {
 
 func (a amendment) run(ctx context.Context) error {
 	im, o := a.im, a.o
-	if im.lazy() { // what is allocated below is counted late
-		if err := im.meta.MarkDirtyGated(); err != nil {
-			return err
-		}
+	// As for a resize: what a crash or a failure leaves of space that nobody uses is found when the image is opened next.
+	if err := im.meta.MarkDirtyGated(); err != nil {
+		return err
 	}
 	if a.version() > im.hdr.Version {
 		if err := a.upgrade(); err != nil {
+			return err
+		}
+		if err := im.meta.MarkDirtyGated(); err != nil { // which version 2 could not be
 			return err
 		}
 	}
@@ -166,12 +168,14 @@ func (a amendment) run(ctx context.Context) error {
 	return nil
 }
 
-// change changes the header and takes it into memory.
+// change changes the header and takes it into memory, also if it failed: the file may have the new header all the same, and
+// what is written to it next must go by that.
 func (a amendment) change(fn func(*format.Header) error) error {
-	if err := a.im.changeHeader(fn); err != nil {
-		return err
+	err := a.im.changeHeader(fn)
+	if loadErr := a.im.reload(); loadErr != nil {
+		return halfDone(errors.Join(err, loadErr))
 	}
-	return a.im.reload()
+	return err
 }
 
 // upgrade makes version 3 of an image of version 2. Its snapshots must say how large their disks are first.
@@ -193,7 +197,7 @@ func (a amendment) upgrade() error {
 			return err
 		}
 		if err := im.meta.SettleGated(); err != nil {
-			return err
+			return halfDone(err)
 		}
 	}
 	return a.change(func(h *format.Header) error {
@@ -215,9 +219,6 @@ func (a amendment) changeWidth(ctx context.Context) error {
 		}
 		return err
 	}
-	if err := im.meta.MarkDirtyGated(); err != nil { // a crash leaves one set of structures or the other as a leak
-		return err
-	}
 	err = w.Run(ctx, func(off format.HostOff, clusters int64) error {
 		return halfDone(a.change(func(h *format.Header) error {
 			h.RefcountOrder, h.RefTableOffset, h.RefTableLen = uint32(order), off, uint32(clusters)
@@ -230,7 +231,7 @@ func (a amendment) changeWidth(ctx context.Context) error {
 	for _, r := range w.Old {
 		im.meta.Refs.Retire(meta.Retired{ClusterRun: r, Cause: meta.CauseAlways})
 	}
-	return im.meta.SettleGated()
+	return halfDone(im.meta.SettleGated())
 }
 
 // changeFields changes what the header alone says.
@@ -266,6 +267,9 @@ func (a amendment) changeFields() error {
 // downgrade makes version 2 of an image of version 3.
 func (a amendment) downgrade(ctx context.Context) error {
 	im := a.im
+	if im.meta.MustRepair() { // version 2 has no mark to say so
+		return errors.New("an operation stopped half way before: close the image and open it again, which repairs it")
+	}
 	trees, err := im.allTrees()
 	if err != nil {
 		return err
@@ -280,12 +284,9 @@ func (a amendment) downgrade(ctx context.Context) error {
 			return optionErrorf("Cannot downgrade an image with zstd compression type and existing compressed clusters")
 		}
 	}
-	// While counts go down beside COPIED flags that speak of them, the image is marked.
-	if err := im.meta.MarkDirtyGated(); err != nil {
-		return err
-	}
+	// Counts go down here beside COPIED flags that speak of them: the image is marked (see run).
 	if err := x.Run(ctx); err != nil {
-		return err
+		return halfDone(err)
 	}
 	if err := im.fixActive(ctx); err != nil {
 		return halfDone(err)

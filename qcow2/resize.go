@@ -56,10 +56,10 @@ func (im *Image) resize(ctx context.Context, size int64, o ResizeOptions) error 
 	if _, err := im.lay.L1EntriesFor(size); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalidOption, err)
 	}
-	if im.lazy() { // what is allocated below is counted late
-		if err := im.meta.MarkDirtyGated(); err != nil {
-			return err
-		}
+	// A crash leaves leaks at worst, as does a failure behind the point of no return. The mark has the next one who opens the
+	// image for writing look for them.
+	if err := im.meta.MarkDirtyGated(); err != nil {
+		return err
 	}
 	err := im.resizeBitmaps(size, func() error {
 		if size > old {
@@ -73,7 +73,7 @@ func (im *Image) resize(ctx context.Context, size int64, o ResizeOptions) error 
 // grow makes everything ready behind the end of the disk, where no request reaches, and then moves the end.
 func (im *Image) grow(ctx context.Context, old, size int64, mode Preallocation) error {
 	if err := im.dropBeyond(ctx, old); err != nil {
-		return err
+		return halfDone(err)
 	}
 	if err := im.growL1(size); err != nil {
 		return err
@@ -86,14 +86,22 @@ func (im *Image) grow(ctx context.Context, old, size int64, mode Preallocation) 
 			return err
 		}
 	}
-	if err := im.fillNew(ctx, old, size, mode); err != nil {
-		// What was prepared is behind the end of the disk, and would stay there.
-		return errors.Join(err, im.meta.SettleGated(), im.dropBeyond(context.WithoutCancel(ctx), old))
+	err := im.fillNew(ctx, old, size, mode)
+	if err == nil {
+		err = im.meta.SettleGated()
 	}
-	if err := im.meta.SettleGated(); err != nil {
-		return err
+	if err == nil {
+		return im.switchSize(size)
 	}
-	return im.switchSize(size)
+	// What was prepared is behind the end of the disk, and would stay there.
+	undoErr := im.meta.SettleGated()
+	if undoErr == nil {
+		undoErr = im.dropBeyond(context.WithoutCancel(ctx), old)
+	}
+	if undoErr != nil {
+		return halfDone(errors.Join(err, undoErr))
+	}
+	return err
 }
 
 // shrink moves the end of the disk first: from then on nothing behind it is anybody's.
@@ -101,7 +109,11 @@ func (im *Image) shrink(ctx context.Context, old, size int64) error {
 	if err := im.switchSize(size); err != nil {
 		return err
 	}
-	ctx = context.WithoutCancel(ctx)
+	return halfDone(im.cutOff(context.WithoutCancel(ctx), old, size))
+}
+
+// cutOff gives back what lies behind the end of the disk.
+func (im *Image) cutOff(ctx context.Context, old, size int64) error {
 	if err := im.dropBeyond(ctx, size); err != nil {
 		return fmt.Errorf("freeing what was cut off: %w", err)
 	}
@@ -204,9 +216,9 @@ func (im *Image) growL1(size int64) (err error) {
 		return err
 	}
 	if err := im.meta.SettleGated(); err != nil {
-		return err
+		return halfDone(err)
 	}
-	return im.reload()
+	return halfDone(im.reload())
 }
 
 // dropBeyond takes away whatever the mapping has for clusters that begin at or behind the given size: what is cut off, what

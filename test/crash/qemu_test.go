@@ -27,3 +27,20 @@ func qemuCheck(path string) error {
 	}
 	return nil
 }
+
+// qemuCheckAlone is qemuCheck for an image whose backing file is not there.
+func qemuCheckAlone(path string) error {
+	tool, err := peer.Look("qemu-img")
+	if err != nil {
+		return err
+	}
+	out, err := exec.Command(tool, "check", "--image-opts", "driver=qcow2,backing=,file.filename="+path).CombinedOutput()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() == 3 {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("qemu-img check: %w\n%s", err, out)
+	}
+	return nil
+}

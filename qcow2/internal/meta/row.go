@@ -173,3 +173,6 @@ func (rc *Refcounts) countsOnlyItself(b int) (bool, error) {
 	}
 	return true, nil
 }
+
+// MustRepair reports whether an operation stopped half way, so that the image stays marked until it is repaired.
+func (s *Store) MustRepair() bool { return s.mark.stays }
