@@ -2,9 +2,11 @@ package qcow2
 
 import (
 	"context"
+	"errors"
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/check"
+	"github.com/droverproject/drover/qcow2/internal/meta"
 	"github.com/droverproject/drover/storage"
 )
 
@@ -33,15 +35,15 @@ func CheckFile(ctx context.Context, file storage.File, o CheckOptions) (*CheckRe
 
 // Check is CheckFile for an open image: it holds new requests back, waits for those running, makes everything durable,
 // checks, and lets the requests go on.
-func (im *Image) Check(ctx context.Context, o CheckOptions) (*CheckReport, error) {
-	if err := im.meta.Epochs.Quiesce(); err != nil {
+func (im *Image) Check(ctx context.Context, o CheckOptions) (report *CheckReport, err error) {
+	err = im.meta.Still(func() error {
+		report, err = CheckFile(ctx, im.file, o)
+		return err
+	})
+	if errors.Is(err, meta.ErrClosed) {
 		return nil, block.ErrClosed
 	}
-	defer im.meta.Epochs.Resume()
-	if err := im.meta.Settle(); err != nil {
-		return nil, err
-	}
-	return CheckFile(ctx, im.file, o)
+	return report, err
 }
 
 // RepairReport is the outcome of RepairFile.

@@ -24,6 +24,9 @@ func (im *Image) exclusive(ctx context.Context, fn func() error) error {
 		return err
 	}
 	err := im.meta.Exclusive(ctx, func() error {
+		if err := im.mend(); err != nil {
+			return err
+		}
 		err := fn()
 		if c := ownCorruption(err); c != nil {
 			im.meta.MarkCorruptGated(c)
@@ -38,6 +41,20 @@ func (im *Image) exclusive(ctx context.Context, fn func() error) error {
 		return block.ErrClosed
 	}
 	return err
+}
+
+// mend reads the metadata again where exclusive could not: then it is read when the image is next used, since the storage
+// may work again. It runs inside meta.Exclusive.
+func (im *Image) mend() error {
+	if im.broken == nil {
+		return nil
+	}
+	if err := im.reload(); err != nil {
+		im.broken = fmt.Errorf("reading the metadata again: %w", err)
+		return im.broken
+	}
+	im.broken = nil
+	return nil
 }
 
 // reload takes everything from the file again.

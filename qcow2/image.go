@@ -108,7 +108,7 @@ type Image struct {
 	parent   *Image // whose snapshot this is a view of; nil for an image proper
 	headMu   sync.Mutex
 	incompat uint64 // the incompatible features on the disk, under headMu
-	broken   error  // set by exclusive when the metadata could not be read again: no request is served any more
+	broken   error  // set by exclusive when the metadata could not be read again: no request is served before it could
 	meta     *meta.Store
 	bm       bitmaps
 	clusters *clusterCache
@@ -447,15 +447,21 @@ func (im *Image) Flush(ctx context.Context) error {
 
 // enter begins a request.
 func (im *Image) enter() (meta.Ticket, error) {
-	t, err := im.meta.Epochs.Enter()
-	if err != nil {
-		return t, block.ErrClosed
-	}
-	if im.broken != nil {
+	for {
+		t, err := im.meta.Epochs.Enter()
+		if err != nil {
+			return t, block.ErrClosed
+		}
+		if im.broken == nil {
+			return t, nil
+		}
 		im.meta.Epochs.Exit(t)
-		return t, im.broken
+		if err := im.meta.Exclusive(context.Background(), im.mend); errors.Is(err, meta.ErrClosed) {
+			return t, block.ErrClosed
+		} else if err != nil {
+			return t, err
+		}
 	}
-	return t, nil
 }
 
 // tryEnter is enter without waiting.

@@ -348,20 +348,13 @@ func (im *Image) replaceSnapshots(list []format.Snapshot) (err error) {
 
 // RenameSnapshot gives a snapshot, given by ID or name, another name.
 func (im *Image) RenameSnapshot(ctx context.Context, idOrName, name string) error {
-	err := im.exclusive(ctx, func() error {
-		list, _, err := readSnapshots(im.file, im.hdr)
-		if err != nil {
-			return err
-		}
+	err := im.changeSnapshots(ctx, func(list []format.Snapshot) error {
 		i, err := findSnapshot(list, idOrName)
 		if err != nil {
 			return err
 		}
 		list[i].Name = name
-		if err := im.replaceSnapshots(list); err != nil {
-			return err
-		}
-		return im.meta.SettleGated()
+		return im.replaceSnapshots(list)
 	})
 	if err != nil {
 		return fmt.Errorf("renaming snapshot: %w", err)

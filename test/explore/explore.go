@@ -60,6 +60,10 @@ const (
 	Discard    // of whole clusters, so that the outcome is known
 	Flush
 	Read
+	CreateSnapshot // called Name
+	ApplySnapshot
+	DeleteSnapshot
+	RenameSnapshot // from Name to To
 )
 
 // Op is one request.
@@ -67,6 +71,7 @@ type Op struct {
 	Kind     Kind
 	First, N int64 // sectors
 	Version  Version
+	Name, To string // of snapshots
 }
 
 // Changes reports whether the request changes sectors.
@@ -93,6 +98,8 @@ func (op Op) Run(im *qcow2.Image) error {
 		return im.Discard(ctx, off, n)
 	case Flush:
 		return im.Flush(ctx)
+	case CreateSnapshot, ApplySnapshot, DeleteSnapshot, RenameSnapshot:
+		return op.runSnapshot(im)
 	}
 	return im.ReadAt(ctx, make([]byte, n), off)
 }

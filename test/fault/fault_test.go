@@ -58,6 +58,8 @@ type workload struct {
 	ops  []explore.Op
 	// onData has the faults hit the external data file.
 	onData bool
+	// halfDone: a storage call failed during an operation on snapshots.
+	halfDone bool
 }
 
 // start opens copies of the disk's files, one of which can fail.

@@ -71,7 +71,7 @@ type request struct {
 	act       action
 	v         value // actSet, actMaybe
 	sector, n int64
-	got       []value // actRead, by sector
+	got       []value // actRead; actSet of a value for each sector (v is not used then)
 	call, ret int64
 }
 
@@ -140,7 +140,7 @@ func operations(seen []*request, sector int64) []porcupine.Operation {
 	ops := make([]porcupine.Operation, len(seen))
 	for i, r := range seen {
 		s := step{r.act, r.v}
-		if r.act == actRead {
+		if r.got != nil {
 			s.v = r.got[sector-r.sector]
 		}
 		ops[i] = porcupine.Operation{ClientId: r.client, Input: s, Call: r.call, Return: r.ret}
@@ -185,7 +185,7 @@ func explain(seen []*request, sector int64, first value) string {
 		if n < len(reads) && r == reads[n] {
 			mark = "=>"
 		}
-		if r.act == actRead {
+		if r.got != nil {
 			v = r.got[sector-r.sector]
 		}
 		fmt.Fprintf(&b, "%s [%10d %10d] client %2d %-12s sectors %d+%d: %v %#x\n", mark, r.call, r.ret, r.client, r.name,

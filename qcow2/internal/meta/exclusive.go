@@ -56,6 +56,20 @@ func (s *Store) onSettled(ctx context.Context, fn func() error) error {
 	return fn()
 }
 
+// Still runs fn while nothing changes: no request, no flush and no Exclusive runs, and the disk holds what memory holds.
+func (s *Store) Still(fn func() error) error {
+	if err := s.Epochs.Quiesce(); err != nil {
+		return err
+	}
+	defer s.Epochs.Resume()
+	s.gate.Lock()
+	defer s.gate.Unlock()
+	if err := s.SettleGated(); err != nil {
+		return err
+	}
+	return fn()
+}
+
 // SettleGated makes every change of the refcounts durable, including the counts of what was retired. It is for Exclusive.
 func (s *Store) SettleGated() error {
 	s.settling = true

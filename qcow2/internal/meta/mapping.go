@@ -118,6 +118,8 @@ func newMapping(file storage.File, lay format.Layout, l1Off format.HostOff, l1Le
 func (m *Mapping) reset(lay format.Layout, l1Off format.HostOff, l1Len, cacheBytes int64) {
 	m.ringMu.Lock()
 	defer m.ringMu.Unlock()
+	m.dirtyMu.Lock() // crowded is asked outside requests
+	defer m.dirtyMu.Unlock()
 	m.ring, m.hand = nil, 0
 	m.lay, m.l1Off, m.l1Len, m.l2Bits = lay, l1Off, l1Len, 0
 	m.dirtyL1, m.newTables, m.dirty = nil, nil, nil
