@@ -75,6 +75,9 @@ type repairFacts struct {
 	// brokenRefs: the refcount structures cannot be mended in place: a block or the table is not where it should be, or
 	// its clusters are something else besides.
 	brokenRefs bool
+	// overflowed holds clusters with more references than can be counted; with tooMany of them it does not hold all.
+	overflowed map[format.ClusterIdx]bool
+	tooMany    bool
 	// missingBlock: a cluster is in use for whose refcount there is no block.
 	missingBlock bool
 	// tableBytes is the length of the snapshot table.
@@ -238,10 +241,30 @@ func (c *checker) referenceClusters(first format.ClusterIdx, n, times uint64) {
 			if sum := uint64(page[i%pageClusters]) + times; sum < manyRefs && sum <= c.maxCount {
 				page[i%pageClusters] = uint16(sum)
 			} else if lost := c.refs.addTo(page, i, times, c.maxCount); lost > 0 {
+				c.overflow(i)
 				c.corrupt(lost, at(c.l.Offset(i)), "ERROR: overflow cluster offset=0x%x", c.l.Offset(i))
 			}
 		}
 	}
+}
+
+// maxOverflowed is how many clusters with too many references are remembered.
+const maxOverflowed = 1 << 16
+
+func (c *checker) overflow(i format.ClusterIdx) {
+	if c.overflowed == nil {
+		c.overflowed = make(map[format.ClusterIdx]bool)
+	}
+	if len(c.overflowed) < maxOverflowed {
+		c.overflowed[i] = true
+	} else {
+		c.tooMany = true
+	}
+}
+
+// counted reports whether exactly n references to a cluster were found.
+func (c *checker) counted(i format.ClusterIdx, n uint64) bool {
+	return c.refs.get(i) == n && !c.overflowed[i] && !c.tooMany
 }
 
 // read reads n bytes; what is behind the end of the file reads as zeroes. n is bounded by the caller.

@@ -16,7 +16,7 @@ func (r *repairer) mendEntries() error {
 	}
 	var own []tableRef
 	for _, ref := range r.c.tables.list {
-		if r.c.l.Aligned(ref.off) && r.c.refs.get(r.c.l.Cluster(ref.off)) == ref.weight {
+		if r.c.l.Aligned(ref.off) && r.c.counted(r.c.l.Cluster(ref.off), ref.weight) {
 			own = append(own, ref)
 		}
 	}
@@ -116,7 +116,7 @@ func (m *l1Mender) weight(off format.HostOff) uint64 {
 func (r *repairer) claims(off format.HostOff, times uint64) bool {
 	i := r.c.l.Cluster(off)
 	stored, ok := r.c.stored.get(i)
-	return i > 0 && ok && stored >= times && times > 0 && r.c.refs.get(i) == times
+	return i > 0 && ok && stored >= times && times > 0 && r.c.counted(i, times)
 }
 
 // mendL2 repairs the entries of a table.

@@ -98,7 +98,7 @@ func (o *tableOwner) ownsSnapshotL1(s *format.Snapshot) bool {
 	}
 	own := o.c.spanOf(s.L1Offset, uint64(s.L1Size)*8)
 	for i := own.lo; i < own.hi; i++ {
-		if o.others.has(format.ClusterIdx(i)) || o.l1.has(format.ClusterIdx(i)) || o.c.refs.get(format.ClusterIdx(i)) != 1 {
+		if o.others.has(format.ClusterIdx(i)) || o.l1.has(format.ClusterIdx(i)) || !o.c.counted(format.ClusterIdx(i), 1) {
 			return false
 		}
 	}

@@ -113,6 +113,7 @@ func (c *checker) walkRefcountTable() error {
 			c.reference(off, uint64(c.l.ClusterSize()), 1)
 			n := c.refs.get(c.l.Cluster(off))
 			if n == 1 {
+				c.brokenRefs = c.brokenRefs || !c.counted(c.l.Cluster(off), 1)
 				continue
 			}
 			c.corrupt(1, p, "ERROR refcount block %d refcount=%d", i, n)
@@ -131,7 +132,7 @@ func (c *checker) ownsRefcountTable() bool {
 	}
 	first := c.l.Cluster(c.h.RefTableOffset)
 	for i := range format.ClusterIdx(c.h.RefTableLen) {
-		if c.refs.get(first+i) != 1 {
+		if !c.counted(first+i, 1) {
 			return false
 		}
 	}
