@@ -274,7 +274,14 @@ func (a amendment) downgrade(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	x := im.meta.NewExpansion(trees, im.hdr.BackingFile != "", a.o.Progress)
+	var zero func(meta.GuestCluster, format.HostOff) error
+	if im.hdr.BackingFile != "" {
+		zeroes := make([]byte, im.lay.ClusterSize())
+		zero = func(c meta.GuestCluster, host format.HostOff) error {
+			return im.writeHost(zeroes, int64(c)<<im.lay.ClusterBits, int64(host))
+		}
+	}
+	x := im.meta.NewExpansion(trees, zero, a.o.Progress)
 	if im.hdr.CompressionType != format.CompressionZlib {
 		found, err := x.HasCompressed(ctx)
 		if err != nil {

@@ -56,10 +56,14 @@ func fill(t testing.TB, im *qcow2.Image, zeroes bool) (snapshot, disk []byte) {
 
 func TestAmendVersion(t *testing.T) {
 	ctx := context.Background()
-	for _, cs := range []int64{512, 4096, 65536} {
+	for i, cs := range []int64{512, 4096, 4096, 65536} {
 		for _, backed := range []bool{false, true} {
-			t.Run(fmt.Sprintf("cluster=%d,backed=%v", cs, backed), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%d,cluster=%d,backed=%v", i, cs, backed), func(t *testing.T) {
 				o, create := qcow2.Options{}, qcow2.CreateOptions{Size: 1 << 20, ClusterSize: cs, LazyRefcounts: true}
+				if i == 2 {
+					create.Encrypt = encryptions[0]
+					o.Encrypt = &qcow2.EncryptOptions{Secret: create.Encrypt.Secret}
+				}
 				if backed {
 					o.Backing = blocktest.NewBytes(bytes.Repeat([]byte("base"), 1<<18))
 					create.BackingFile, create.BackingFormat = "base", "raw"

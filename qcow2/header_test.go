@@ -187,7 +187,15 @@ func checkClean(t testing.TB, f *storage.MemFile) {
 	if err := os.WriteFile(path, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command("qemu-img", "check", "--image-opts", "driver=qcow2,backing=,file.driver=file,file.filename=image.qcow2")
+	info, err := qcow2.ReadInfo(context.Background(), f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	args, opts := []string{"check", "--image-opts"}, "driver=qcow2,backing=,file.driver=file,file.filename=image.qcow2"
+	if info.Encryption != nil {
+		args, opts = append(args, "--object", "secret,id=s,data="+secret), opts+",encrypt.key-secret=s"
+	}
+	cmd := exec.Command("qemu-img", append(args, opts)...)
 	cmd.Dir = filepath.Dir(path)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("qemu-img check: %v\n%s", err, out)

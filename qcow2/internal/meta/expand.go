@@ -14,23 +14,34 @@ import (
 // clusters, or clusters full of zeroes where a backing file would show through. It works on the L2 tables of all trees,
 // those of internal snapshots too, inside Exclusive.
 type Expansion struct {
-	s      *Store
-	backed bool
-	// owners tells how many trees refer to a table, and so through it to each of its clusters.
-	owners   map[format.HostOff]int
+	s *Store
+	// zero writes a cluster at a host offset that the guest, at the cluster given, reads as zeroes; nil when unallocated
+	// clusters read so.
+	zero     func(GuestCluster, format.HostOff) error
+	tables   map[format.HostOff]*ownedTable
 	progress func(done, total int64)
-	zeroes   []byte // a cluster
+}
+
+// ownedTable is an L2 table.
+type ownedTable struct {
+	first GuestCluster // that it maps
+	// owners is how many trees refer to it, and so through it to each of its clusters.
+	owners int
 }
 
 // NewExpansion prepares the expansion of all trees of an image.
-func (s *Store) NewExpansion(trees []*Tree, backed bool, progress func(done, total int64)) *Expansion {
-	x := &Expansion{s: s, backed: backed, owners: make(map[format.HostOff]int), progress: progress,
-		zeroes: make([]byte, s.Layout.ClusterSize())}
+func (s *Store) NewExpansion(trees []*Tree, zero func(GuestCluster, format.HostOff) error, progress func(done, total int64)) *Expansion {
+	x := &Expansion{s: s, zero: zero, tables: make(map[format.HostOff]*ownedTable), progress: progress}
 	for _, t := range trees {
-		for _, e := range t.L1 {
-			if off := format.L1Entry(e).Offset(); off != 0 {
-				x.owners[off]++
+		for i, e := range t.L1 {
+			off := format.L1Entry(e).Offset()
+			if off == 0 {
+				continue
 			}
+			if x.tables[off] == nil {
+				x.tables[off] = &ownedTable{first: GuestCluster(int64(i) * s.Layout.L2Entries())}
+			}
+			x.tables[off].owners++
 		}
 	}
 	return x
@@ -39,7 +50,7 @@ func (s *Store) NewExpansion(trees []*Tree, backed bool, progress func(done, tot
 // eachTable calls fn for every L2 table, which may change it in raw.
 func (x *Expansion) eachTable(ctx context.Context, fn func(off format.HostOff, raw []byte) error) error {
 	raw := make([]byte, x.s.Layout.ClusterSize())
-	for i, off := range slices.Sorted(maps.Keys(x.owners)) {
+	for i, off := range slices.Sorted(maps.Keys(x.tables)) {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
@@ -49,7 +60,7 @@ func (x *Expansion) eachTable(ctx context.Context, fn func(off format.HostOff, r
 		if err := fn(off, raw); err != nil {
 			return err
 		}
-		x.progress(int64(i)+1, int64(len(x.owners)))
+		x.progress(int64(i)+1, int64(len(x.tables)))
 	}
 	return nil
 }
@@ -79,7 +90,8 @@ func (x *Expansion) Run(ctx context.Context) error {
 // expand changes one table. What its new entries point to is durable, zeroes and counts, before the table is written; what
 // the old ones held is let go when that is durable.
 func (x *Expansion) expand(off format.HostOff, raw []byte) error {
-	s, n := x.s, x.owners[off]
+	s, table := x.s, x.tables[off]
+	n := table.owners
 	var fresh, gone []ClusterRun
 	undo := func(err error) error {
 		for _, r := range fresh {
@@ -98,7 +110,7 @@ func (x *Expansion) expand(off format.HostOff, raw []byte) error {
 		default:
 			continue
 		}
-		next, run, err := x.replace(e, n)
+		next, run, err := x.replace(e, table.first+GuestCluster(int64(k)/s.Layout.L2EntrySize()), n)
 		if err != nil {
 			return undo(err)
 		}
@@ -133,14 +145,14 @@ func (x *Expansion) expand(off format.HostOff, raw []byte) error {
 }
 
 // replace returns the entry that stands for a zero cluster in version 2, and the cluster that was allocated for it.
-func (x *Expansion) replace(e format.L2Entry, owners int) (format.L2Entry, ClusterRun, error) {
+func (x *Expansion) replace(e format.L2Entry, c GuestCluster, owners int) (format.L2Entry, ClusterRun, error) {
 	s := x.s
-	if !x.backed {
+	if x.zero == nil {
 		return 0, ClusterRun{}, nil
 	}
 	if host := e.HostOffset(); host != 0 && e.Copied() && owners == 1 {
 		// Nobody else has this cluster, and nobody reads it while the entry says zero.
-		return format.MakeL2(host, true), ClusterRun{}, s.WriteNow(x.zeroes, host)
+		return format.MakeL2(host, true), ClusterRun{}, x.zero(c, host)
 	}
 	run, _, err := s.Refs.Alloc(1)
 	if err != nil {
@@ -152,7 +164,7 @@ func (x *Expansion) replace(e format.L2Entry, owners int) (format.L2Entry, Clust
 		}
 	}
 	host := s.Layout.Offset(run.First)
-	if err := s.WriteNow(x.zeroes, host); err != nil {
+	if err := x.zero(c, host); err != nil {
 		return 0, ClusterRun{}, errors.Join(fmt.Errorf("writing a cluster of zeroes: %w", err), s.drop(run, owners, CauseOther))
 	}
 	return format.MakeL2(host, owners == 1), run, nil
