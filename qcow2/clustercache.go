@@ -73,6 +73,14 @@ func (c *clusterCache) peek(key format.L2Entry) ([]byte, bool) {
 	}
 }
 
+// has reports whether a cluster is there or on its way.
+func (c *clusterCache) has(key format.L2Entry) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, ok := c.byKey[key]
+	return ok
+}
+
 // admit puts e into the clock, in place of one that was not used lately; mu is held. Whoever still copies from an
 // evicted cluster keeps it alive.
 func (c *clusterCache) admit(e *cachedCluster) {

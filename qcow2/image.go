@@ -95,6 +95,7 @@ type Image struct {
 	nowait  storage.NowaitReader
 	dataEnd highWater // of an external data file
 	packed  sync.Pool // *[]byte, one cluster long
+	ahead   readahead
 	backing block.Device
 	crypt   *encryption // nil when the image is not encrypted
 	hdr     *format.Header

@@ -5,10 +5,8 @@ import (
 	"fmt"
 
 	"github.com/droverproject/drover/block"
-	"github.com/droverproject/drover/qcow2/internal/codec"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/qcow2/internal/meta"
-	"github.com/droverproject/drover/storage"
 )
 
 // ReadAt fills p from the disk at off.
@@ -75,7 +73,15 @@ func (im *Image) read(ctx context.Context, p []byte, off int64) error {
 			return fmt.Errorf("looking up guest offset %#x: %w", off, err)
 		}
 		n := im.runBytes(run, in, len(p))
-		if err := im.readRun(ctx, p[:n], off, in, run); err != nil {
+		if run.Kind == format.KindCompressed {
+			n, err = im.readCompressed(p, off, run.Entry)
+			if err != nil {
+				err = fmt.Errorf("reading guest offset %#x: %w", off, err)
+			}
+		} else {
+			err = im.readRun(ctx, p[:n], off, in, run)
+		}
+		if err != nil {
 			return err
 		}
 		p, off = p[n:], off+int64(n)
@@ -91,13 +97,6 @@ func (im *Image) readRun(ctx context.Context, p []byte, off, in int64, run meta.
 	switch run.Kind {
 	case format.KindNormal:
 		return im.readHost(p, off, int64(run.Entry.HostOffset())+in)
-	case format.KindCompressed:
-		data, err := im.decompressed(run.Entry)
-		if err != nil {
-			return fmt.Errorf("reading guest offset %#x: %w", off, err)
-		}
-		copy(p, data[in:])
-		return nil
 	case format.KindUnallocated:
 		return im.readBacking(ctx, p, off)
 	}
@@ -160,6 +159,9 @@ func (im *Image) tryReadRun(p []byte, off, in int64, run meta.Run) error {
 			return block.ErrWouldBlock
 		}
 		copy(p, data[in:])
+		if in == 0 {
+			im.readAhead(im.cluster(off))
+		}
 		return nil
 	case im.lay.ExtendedL2 && run.N == 1:
 		return block.ErrWouldBlock
@@ -183,24 +185,6 @@ func (im *Image) tryReadBacking(p []byte, off int64) error {
 	}
 	clear(p[n:])
 	return nil
-}
-
-// decompressed returns the content of a compressed cluster. It must not be changed.
-func (im *Image) decompressed(e format.L2Entry) ([]byte, error) {
-	return im.clusters.get(e, func() ([]byte, error) { return im.decompress(e) })
-}
-
-func (im *Image) decompress(e format.L2Entry) ([]byte, error) {
-	host, n := im.lay.CompressedExtent(e)
-	src := make([]byte, n)
-	if err := storage.ReadFull(im.file, src, int64(host)); err != nil {
-		return nil, fmt.Errorf("reading compressed cluster at host offset %#x: %w", host, err)
-	}
-	dst := make([]byte, im.lay.ClusterSize())
-	if err := codec.Decompress(uint8(im.hdr.CompressionType), dst, src); err != nil {
-		return nil, fmt.Errorf("decompressing cluster at host offset %#x: %w", host, err)
-	}
-	return dst, nil
 }
 
 // zeroRead reports whether the run reads as zeroes from guest offset off on, without asking the backing device.
