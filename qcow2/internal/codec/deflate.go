@@ -1,8 +1,10 @@
 package codec
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 
 	"github.com/klauspost/compress/flate"
@@ -10,6 +12,33 @@ import (
 
 // deflateWindow is the window that QEMU inflates with; a stream with longer distances is readable only by luck.
 const deflateWindow = 4096
+
+// inflater is a decoder with the reader it is fed by, kept together so that a pooled one allocates nothing.
+type inflater struct {
+	src bytes.Reader
+	dec io.ReadCloser
+}
+
+var inflaters = sync.Pool{New: func() any {
+	f := new(inflater)
+	f.dec = flate.NewReader(&f.src)
+	return f
+}}
+
+func inflate(dst, src []byte) error {
+	f := inflaters.Get().(*inflater)
+	defer inflaters.Put(f)
+	f.src.Reset(src)
+	defer f.src.Reset(nil) // the pool must not keep the caller's bytes alive
+	if err := f.dec.(flate.Resetter).Reset(&f.src, nil); err != nil {
+		return fmt.Errorf("resetting the deflate decoder: %w", err)
+	}
+	n, err := io.ReadFull(f.dec, dst)
+	if err != nil {
+		return fmt.Errorf("deflate stream ends or breaks after %d of %d bytes: %w: %w", n, len(dst), ErrCorrupt, err)
+	}
+	return nil
+}
 
 var errNoRoom = errors.New("compressed data does not fit")
 
