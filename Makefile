@@ -19,12 +19,12 @@ MUTATION    ?= .
 MUTATION_CI = ^(skip-first-sync|skip-last-sync|all-slices-first|reuse-at-once|punch-after-free|forget-copied|no-copy-on-write|evict-dirty)$$
 
 # All packages but those that have rungs of their own: they run long, or run other programs.
-UNIT      = $$(go list ./... | grep -vE '/test/(interop|hostile|coverage|nbd|kill|crash|fault|race|soak)$$')
+UNIT      = $$(go list ./... | grep -vE '/test/(interop|hostile|weakness|coverage|nbd|kill|crash|fault|race|soak)$$')
 # The packages with model tests: those whose tests link rapid, which alone know its flags.
 MODELS    = $$(go list -test -f '{{.ImportPath}} {{join .Deps " "}}' ./... | sed -n 's|^\([^ ]*\)\.test .*pgregory.net/rapid.*|\1|p')
 
 .PHONY: help build test test-long demo bench bench-commands fuzz-long peers format vet staticcheck cross unit race race-long fuzz model \
-	interop hostile coverage coverage-table crash crash-long fault fio kill soak soak-short mutation mutation-ci clean
+	interop hostile weakness coverage coverage-table crash crash-long fault fio kill soak soak-short mutation mutation-ci clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -33,7 +33,7 @@ build: ## bin/drover, one static binary
 	CGO_ENABLED=0 go build -trimpath -o bin/drover ./cmd/drover
 
 # Each rung says how long it took: CI is to stay below 25 minutes.
-RUNGS = peers format vet staticcheck unit race cross fuzz model interop hostile coverage crash fault kill fio soak-short mutation-ci
+RUNGS = peers format vet staticcheck unit race cross fuzz model interop hostile weakness coverage crash fault kill fio soak-short mutation-ci
 
 test: ## everything that CI runs
 	@for rung in $(RUNGS); do \
@@ -112,6 +112,9 @@ coverage: build ## docs/coverage.md is true as far as names go, and the tests th
 
 coverage-table: build ## run every test that docs/coverage.md names, and write it anew
 	go run ./test/coverage
+
+weakness: build ## what stock QEMU does badly to an image, done better
+	go test -count=1 -timeout 10m -v ./test/weakness
 
 fio: build
 	go test -count=1 -timeout 10m ./test/nbd

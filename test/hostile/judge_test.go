@@ -243,8 +243,26 @@ func checkWord(rep *qcow2.CheckReport, err error) string {
 	return "clean"
 }
 
+// openImage opens an image as drover's programs do, an encrypted one with its key.
+func openImage(image string, b base, o block.OpenOptions) (block.Device, error) {
+	if !b.encrypt {
+		return block.Open(context.Background(), image, o)
+	}
+	f, err := storage.OpenFile(image, storage.OpenOptions{ReadOnly: o.ReadOnly})
+	if err != nil {
+		return nil, err
+	}
+	im, err := qcow2.Open(context.Background(), f, qcow2.Options{
+		ReadOnly: o.ReadOnly, Encrypt: &qcow2.EncryptOptions{Secret: []byte(secret)},
+	})
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return im, nil
+}
+
 func ourRead(image string, d damage, b base, o block.OpenOptions) string {
-	dev, err := block.Open(context.Background(), image, o)
+	dev, err := openImage(image, b, o)
 	if err != nil {
 		return "refused"
 	}
@@ -262,7 +280,7 @@ func ourRead(image string, d damage, b base, o block.OpenOptions) string {
 func ourWrite(image string, d damage, b base, o block.OpenOptions) string {
 	o.ReadOnly = false
 	ctx := context.Background()
-	dev, err := block.Open(ctx, image, o)
+	dev, err := openImage(image, b, o)
 	if err != nil {
 		return "refused"
 	}
