@@ -24,6 +24,8 @@ type FormatOptions struct {
 	Name     string            // of the file, for messages
 	ReadOnly bool              // the device refuses changes, and the file must not be written
 	Options  map[string]string // runtime options by QEMU's names, for example "l2-cache-size"
+	// Memory, if not nil, bounds what the caches of several devices take together.
+	Memory *CacheBudget
 	// OnCorrupt, if not nil, is called once when the image has been marked corrupt. It must not wait for the image.
 	OnCorrupt func(error)
 	// OpenBacking opens the backing file that the image names (or that the caller put in its place), read-only. format

@@ -40,6 +40,8 @@ type OpenOptions struct {
 	Policy Policy
 	// Options are the format's runtime options for the top image, by QEMU's names.
 	Options map[string]string
+	// Memory, if not nil, bounds the metadata caches of all images that are opened with it, together.
+	Memory *CacheBudget
 	// OnCorrupt, if not nil, is called once for an image that has been marked corrupt because a change met impossible
 	// metadata, with its name. The image is only read from then on. It must not wait for the image.
 	OnCorrupt func(name string, err error)
@@ -239,7 +241,8 @@ func (l *layer) openFormat(ctx context.Context, file storage.File) (Device, erro
 	if !ok {
 		return nil, fmt.Errorf("%w %q (known formats: %s)", ErrUnknownFormat, format, strings.Join(Formats(), ", "))
 	}
-	fo := FormatOptions{Name: l.path, ReadOnly: l.readOnly, OpenBacking: l.openBacking, OpenDataFile: l.openData}
+	fo := FormatOptions{Name: l.path, ReadOnly: l.readOnly, OpenBacking: l.openBacking, OpenDataFile: l.openData,
+		Memory: l.o.Memory}
 	if l == l.top {
 		fo.Options = l.o.Options
 	}

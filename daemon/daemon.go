@@ -72,6 +72,7 @@ type Daemon struct {
 	listeners []net.Listener
 	encrypted bool // clients have to use TLS
 	exports   []openExport
+	memory    *block.CacheBudget // of all images together
 }
 
 type openExport struct {
@@ -82,7 +83,7 @@ type openExport struct {
 
 // Open opens all that the configuration names. After an error nothing stays open.
 func Open(ctx context.Context, c Config) (d *Daemon, err error) {
-	d = &Daemon{drain: c.Drain, listeners: c.Listeners}
+	d = &Daemon{drain: c.Drain, listeners: c.Listeners, memory: block.NewCacheBudget(block.DefaultCacheBudget)}
 	c.NBD.Provider = snapshots{d}
 	d.server = nbd.NewServer(c.NBD)
 	d.encrypted = c.NBD.TLS != nil && c.NBD.TLS.Required
@@ -123,6 +124,9 @@ func (d *Daemon) open(ctx context.Context, e Export) error {
 	}
 	if e.Open.Format == block.FormatRaw {
 		e.Open.Options = nil // they are for formats that have caches
+	}
+	if e.Open.Memory == nil {
+		e.Open.Memory = d.memory
 	}
 	dev, err := block.Open(ctx, e.Image, e.Open)
 	if err != nil {

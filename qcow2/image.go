@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,6 +37,12 @@ type Options struct {
 	Encrypt *EncryptOptions
 	// CacheSize bounds the cache of L2 tables, ClusterCacheSize that of decompressed clusters; 0 means the default.
 	CacheSize, ClusterCacheSize int64
+	// RefcountCacheSize bounds what is kept of the refcounts, TotalCacheSize that and the cache of L2 tables together, and
+	// CacheEntrySize is how much of an L2 table is read and kept together: a power of two of at least 512, at most a
+	// cluster. 0 means the default.
+	RefcountCacheSize, TotalCacheSize, CacheEntrySize int64
+	// Memory, if not nil, bounds the caches of L2 tables of several images together.
+	Memory *block.CacheBudget
 	// CacheCleanInterval is how often cached L2 tables are dropped that nobody used in the meantime; 0 means the default,
 	// a negative value never.
 	CacheCleanInterval time.Duration
@@ -142,8 +147,8 @@ func openFormat(ctx context.Context, file storage.File, o block.FormatOptions) (
 	if err != nil {
 		return nil, err
 	}
-	opts := Options{Name: o.Name, ReadOnly: o.ReadOnly, OnCorrupt: o.OnCorrupt}
-	if err := opts.runtime(o.Options); err != nil {
+	opts := Options{Name: o.Name, ReadOnly: o.ReadOnly, OnCorrupt: o.OnCorrupt, Memory: o.Memory}
+	if err := opts.runtime(o.Options, hdr); err != nil {
 		return nil, err
 	}
 	if hdr.Incompat&format.IncompatDataFile != 0 {
@@ -172,28 +177,6 @@ func closeAll(o Options) {
 	if o.Backing != nil {
 		_ = o.Backing.Close()
 	}
-}
-
-// runtime takes over the options that go by QEMU's names.
-func (o *Options) runtime(byName map[string]string) error {
-	if v, ok := byName["l2-cache-size"]; ok {
-		n, err := block.ParseSize(v)
-		if err != nil || n <= 0 {
-			return fmt.Errorf("l2-cache-size=%s is not a size", v)
-		}
-		o.CacheSize = n
-	}
-	if v, ok := byName["cache-clean-interval"]; ok {
-		n, err := strconv.ParseUint(v, 10, 32)
-		if err != nil {
-			return fmt.Errorf("cache-clean-interval=%s is not a number of seconds", v)
-		}
-		o.CacheCleanInterval = time.Duration(n) * time.Second
-		if n == 0 {
-			o.CacheCleanInterval = -1
-		}
-	}
-	return nil
 }
 
 // Open opens the image in file. On success the image owns the file, the backing device and the data file; on failure
@@ -345,15 +328,19 @@ func (im *Image) openMeta(o Options) error {
 // metaConfig describes the metadata that the header names.
 func (im *Image) metaConfig(o Options) (meta.Config, error) {
 	h := im.hdr
+	sizes, err := o.cacheSizes(im.lay, h.DiskSize())
+	if err != nil {
+		return meta.Config{}, err
+	}
 	c := meta.Config{
 		File: im.file, Layout: im.lay, Writable: !im.readOnly,
 		L1Off: h.L1Offset, L1Len: int64(h.L1Size),
 		RefTableOff: h.RefTableOffset, RefTableLen: int64(h.RefTableLen),
 		SnapshotsOff: h.SnapshotsOffset,
-		CacheBytes:   or(o.CacheSize, DefaultCacheSize),
-		OnFree:       func(r meta.ClusterRun) { im.clusters.drop(im.lay, r) },
-		PassDiscard:  o.passDiscard(),
-		Lazy:         im.lazy(), Dirty: h.Incompat&format.IncompatDirty != 0, WriteDirty: im.writeDirty,
+		CacheBytes:   sizes.L2, SliceBytes: sizes.L2Entry, RefcountBytes: sizes.Refcount, Memory: o.Memory,
+		OnFree:      func(r meta.ClusterRun) { im.clusters.drop(im.lay, r) },
+		PassDiscard: o.passDiscard(),
+		Lazy:        im.lazy(), Dirty: h.Incompat&format.IncompatDirty != 0, WriteDirty: im.writeDirty,
 		DataFile:     o.DataFile,
 		WriteCorrupt: im.markCorrupt, OnCorrupt: im.tellCorrupt,
 	}
@@ -492,6 +479,7 @@ func (im *Image) Close() error {
 	}
 	im.bm.stopSaves()
 	im.swept.Wait()
+	defer im.meta.Map.Forget()
 	err := im.meta.Settle()
 	var bitmapErr error
 	if err == nil {

@@ -103,6 +103,9 @@ func (h *harness) open() {
 	h.t.Helper()
 	o := qcow2.Options{CacheSize: h.v.cache, DiscardNoUnref: h.r.IntN(4) == 0,
 		PassDiscardRequest: qcow2.Switch(h.r.IntN(3)), PassDiscardOther: qcow2.Switch(h.r.IntN(3))}
+	if h.r.IntN(3) == 0 {
+		o.CacheEntrySize = min(512<<h.r.IntN(8), h.v.create.ClusterSize)
+	}
 	if h.data != nil {
 		o.DataFile = keepOpen{h.data}
 	}

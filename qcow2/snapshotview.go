@@ -107,6 +107,7 @@ func (im *Image) closeView() error {
 		return block.ErrClosed
 	}
 	im.parent.views.remove(im)
+	im.meta.Map.Forget()
 	return nil
 }
 

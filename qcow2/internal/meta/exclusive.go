@@ -120,6 +120,6 @@ func (s *Store) Reload(c Config) error {
 		}
 	}
 	s.Layout = c.Layout
-	s.Map.reset(c.Layout, c.L1Off, c.L1Len, c.CacheBytes)
+	s.Map.reset(c)
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/storage"
 )
@@ -14,10 +15,13 @@ import (
 type GuestCluster uint64
 
 const (
-	l1ChunkEntries = 512  // L1 entries that are read and held together
-	maxSliceBytes  = 4096 // of L2 table that is read, held and written together
-	lockStripes    = 64
-	minSlices      = 16
+	l1ChunkEntries = 512 // L1 entries that are read and held together
+	// defaultSliceBytes of an L2 table are read, held and written together.
+	defaultSliceBytes = 4096
+	lockStripes       = 64
+	minSlices         = 2
+	// minDirty slices may always wait for a flush.
+	minDirty = 8
 )
 
 // Mapping is the guest-to-host map: the L1 table, read in chunks on demand and then kept, and a bounded cache of slices of
@@ -62,6 +66,7 @@ type Mapping struct {
 	ring      []*slice
 	hand      int
 	maxSlices int
+	memory    *block.CacheBudget // of several images together
 }
 
 type l1Chunk struct {
@@ -108,29 +113,34 @@ type Run struct {
 	N      int64
 }
 
-func newMapping(file storage.File, lay format.Layout, l1Off format.HostOff, l1Len int64, cacheBytes int64) *Mapping {
-	m := &Mapping{file: file}
-	m.reset(lay, l1Off, l1Len, cacheBytes)
+func newMapping(c Config) *Mapping {
+	m := &Mapping{file: c.File, memory: c.Memory}
+	m.reset(c)
 	return m
 }
 
-// reset makes the mapping an empty cache of the L1 table at l1Off. No request and no flush runs; a sweep may.
-func (m *Mapping) reset(lay format.Layout, l1Off format.HostOff, l1Len, cacheBytes int64) {
+// reset makes the mapping an empty cache of the L1 table that c names. No request and no flush runs; a sweep may.
+func (m *Mapping) reset(c Config) {
 	m.ringMu.Lock()
 	defer m.ringMu.Unlock()
 	m.dirtyMu.Lock() // crowded is asked outside requests
 	defer m.dirtyMu.Unlock()
+	m.memory.Add(-int64(len(m.ring)) * m.sliceSize)
 	m.ring, m.hand = nil, 0
-	m.lay, m.l1Off, m.l1Len, m.l2Bits = lay, l1Off, l1Len, 0
+	lay := c.Layout
+	m.lay, m.l1Off, m.l1Len, m.l2Bits = lay, c.L1Off, c.L1Len, 0
 	m.dirtyL1, m.newTables, m.dirty = nil, nil, nil
 	for lay.L2Entries()>>m.l2Bits > 1 {
 		m.l2Bits++
 	}
-	m.sliceSize = min(lay.ClusterSize(), maxSliceBytes)
+	m.sliceSize = min(lay.ClusterSize(), max(c.SliceBytes, format.SectorSize))
+	if c.SliceBytes == 0 {
+		m.sliceSize = min(lay.ClusterSize(), defaultSliceBytes)
+	}
 	m.perSlice = m.sliceSize / lay.L2EntrySize()
 	m.stride = lay.L2EntrySize() / 8
-	m.chunks = make([]atomic.Pointer[l1Chunk], (l1Len+l1ChunkEntries-1)/l1ChunkEntries)
-	m.maxSlices = int(max(cacheBytes/m.sliceSize, minSlices))
+	m.chunks = make([]atomic.Pointer[l1Chunk], (c.L1Len+l1ChunkEntries-1)/l1ChunkEntries)
+	m.maxSlices = int(max(c.CacheBytes/m.sliceSize, minSlices))
 }
 
 // Lookup returns the run that begins at guest cluster c, at most limit clusters long. With wait unset it returns
@@ -288,9 +298,9 @@ func (m *Mapping) loadSlice(t *table, i int64) (*slice, error) {
 		return s, nil
 	}
 	s := &slice{t: t, index: i, words: make([]atomic.Uint64, m.sliceSize/8)}
-	raw := sliceBuf()
+	raw := sliceBuf(m.sliceSize)
 	defer sliceBufs.Put(raw)
-	b := raw[:m.sliceSize]
+	b := *raw
 	if err := storage.ReadFull(m.file, b, int64(s.host())); err != nil {
 		return nil, fmt.Errorf("reading L2 table at host offset %#x: %w", t.host, err)
 	}
@@ -303,15 +313,23 @@ func (m *Mapping) loadSlice(t *table, i int64) (*slice, error) {
 	return s, nil
 }
 
-var sliceBufs = sync.Pool{New: func() any { return new([maxSliceBytes]byte) }}
+var sliceBufs = sync.Pool{New: func() any { return new([]byte) }}
 
-func sliceBuf() *[maxSliceBytes]byte { return sliceBufs.Get().(*[maxSliceBytes]byte) }
+// sliceBuf returns a buffer of n bytes with anything in it, to go back to sliceBufs.
+func sliceBuf(n int64) *[]byte {
+	b := sliceBufs.Get().(*[]byte)
+	if int64(cap(*b)) < n {
+		*b = make([]byte, n)
+	}
+	*b = (*b)[:n]
+	return b
+}
 
 // admit puts a loaded slice into the eviction clock and makes room for it.
 func (m *Mapping) admit(s *slice) {
 	m.ringMu.Lock()
 	defer m.ringMu.Unlock()
-	for steps := 2 * len(m.ring); len(m.ring) >= m.maxSlices && steps > 0; steps-- {
+	for steps := 2 * len(m.ring); m.full() && steps > 0; steps-- {
 		if m.hand >= len(m.ring) {
 			m.hand = 0
 		}
@@ -323,8 +341,23 @@ func (m *Mapping) admit(s *slice) {
 		m.ring[m.hand] = m.ring[last]
 		m.ring[last] = nil
 		m.ring = m.ring[:last]
+		m.memory.Add(-m.sliceSize)
 	}
 	m.ring = append(m.ring, s)
+	m.memory.Add(m.sliceSize)
+}
+
+// full reports whether a slice must go before another comes: by this cache's own bound, or by that of all together.
+func (m *Mapping) full() bool {
+	return len(m.ring) >= m.maxSlices || len(m.ring) >= minSlices && m.memory.Full(m.sliceSize)
+}
+
+// Forget gives all memory back at the end, when no request and no flush runs any more.
+func (m *Mapping) Forget() {
+	m.ringMu.Lock()
+	defer m.ringMu.Unlock()
+	m.memory.Add(-int64(len(m.ring)) * m.sliceSize)
+	m.ring = nil
 }
 
 // Sweep drops the slices that nobody used since the last sweep (or since the eviction clock passed) and that hold nothing
@@ -338,6 +371,7 @@ func (m *Mapping) Sweep() {
 			kept = append(kept, s)
 		}
 	}
+	m.memory.Add(-int64(len(m.ring)-len(kept)) * m.sliceSize)
 	clear(m.ring[len(kept):])
 	m.ring, m.hand = kept, 0
 }
@@ -577,7 +611,10 @@ func (e Edit) Done() {
 func (m *Mapping) crowded() bool {
 	m.dirtyMu.Lock()
 	defer m.dirtyMu.Unlock()
-	return len(m.dirty) > max(m.maxSlices/2, minSlices/2)
+	if m.memory.Full(0) {
+		return len(m.dirty) > minDirty // what is dirty cannot make room
+	}
+	return len(m.dirty) > max(m.maxSlices/2, minDirty)
 }
 
 // SliceRest returns how many clusters from c on one Edit reaches.

@@ -16,7 +16,7 @@ var ErrImageFull = errors.New("image file has reached the largest size its refco
 // runClasses is the number of power-of-two run lengths that the allocator remembers a starting point for.
 const runClasses = 16
 
-// cleanBlocksKept bounds the decoded-from-disk refcount blocks that are kept though nothing in them waits for a flush.
+// cleanBlocksKept is the default of how many refcount blocks are kept though nothing in them waits for a flush.
 const cleanBlocksKept = 32
 
 // Refcounts owns the refcount table and blocks: it finds free clusters, hands them out, and takes them back.
@@ -37,6 +37,7 @@ type Refcounts struct {
 	tableClusters int64
 	tableMoved    bool // the header on disk still names the old table
 
+	keep      int   // how many clean ones may be
 	resident  []int // blocks with data
 	hand      int   // clock hand over resident
 	dirty     []int
@@ -94,7 +95,7 @@ type Retired struct {
 func (r ClusterRun) End() format.ClusterIdx { return r.First + format.ClusterIdx(r.N) }
 
 func newRefcounts(file storage.File, lay format.Layout, tableOff format.HostOff, tableClusters int64) (*Refcounts, error) {
-	rc := &Refcounts{file: file, lay: lay, tableOff: tableOff, tableClusters: tableClusters, known: make(map[int]*refBlock),
+	rc := &Refcounts{file: file, lay: lay, tableOff: tableOff, tableClusters: tableClusters, known: make(map[int]*refBlock), keep: cleanBlocksKept,
 		guard: func(ClusterRun, Structure) error { return nil }, claim: func(Structure, ClusterRun) {}}
 	raw := make([]byte, tableClusters*lay.ClusterSize())
 	if err := storage.ReadFull(file, raw, int64(tableOff)); err != nil {
@@ -190,7 +191,7 @@ func (rc *Refcounts) index(b int) {
 // dropClean lets go of the data of clean blocks beyond the bound; their free bitmaps stay. It is called only where
 // nobody holds on to a block's data.
 func (rc *Refcounts) dropClean() {
-	for n := len(rc.resident) * 2; len(rc.resident) > cleanBlocksKept && n > 0; n-- {
+	for n := len(rc.resident) * 2; len(rc.resident) > rc.keep && n > 0; n-- {
 		rc.hand++
 		if rc.hand >= len(rc.resident) {
 			rc.hand = 0
@@ -345,7 +346,7 @@ func (rc *Refcounts) find(n int64) (ClusterRun, error) {
 		}
 		blk := rc.block(b)
 		if blk.free == nil && !blk.full {
-			if len(rc.resident) > 2*cleanBlocksKept {
+			if len(rc.resident) > 2*rc.keep {
 				rc.dropClean()
 			}
 			if err := rc.load(b); err != nil {

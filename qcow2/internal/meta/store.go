@@ -37,6 +37,7 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/storage"
 )
@@ -107,12 +108,15 @@ type Config struct {
 	KeysSize      int64
 	Overlap       Structure // what is watched, see Store.Guard
 	// WriteCorrupt sets the corrupt bit in the header and syncs. OnCorrupt is told, once, that it was set.
-	WriteCorrupt func() error
-	OnCorrupt    func(error)
-	Writable     bool
-	CacheBytes   int64 // bound of the L2 cache
-	OnFree       func(ClusterRun)
-	PassDiscard  PassDiscard
+	WriteCorrupt  func() error
+	OnCorrupt     func(error)
+	Writable      bool
+	CacheBytes    int64 // bound of the L2 cache
+	SliceBytes    int64 // of L2 table that are read, held and written together; 0 means the default
+	RefcountBytes int64 // bound of the clean refcount blocks that are kept; 0 means the default
+	Memory        *block.CacheBudget
+	OnFree        func(ClusterRun)
+	PassDiscard   PassDiscard
 	// Lazy: counts may stay in memory between flushes. WriteDirty sets or clears the header's dirty bit and syncs; Dirty
 	// says that it is set.
 	Lazy, Dirty bool
@@ -125,7 +129,7 @@ func Open(c Config) (*Store, error) {
 	if c.DataFile != nil {
 		s.data = &dataFile{file: c.DataFile}
 	}
-	s.Map = newMapping(c.File, c.Layout, c.L1Off, c.L1Len, c.CacheBytes)
+	s.Map = newMapping(c)
 	if !c.Writable {
 		return s, nil
 	}
@@ -139,6 +143,9 @@ func (s *Store) openRefcounts(c Config) error {
 	refs, err := newRefcounts(c.File, c.Layout, c.RefTableOff, c.RefTableLen)
 	if err != nil {
 		return err
+	}
+	if c.RefcountBytes > 0 {
+		refs.keep = int(max(c.RefcountBytes/c.Layout.ClusterSize(), 1))
 	}
 	s.Refs, s.Map.rc, s.Map.wrote = refs, refs, s.Wrote
 	if err := distinct(c); err != nil {
@@ -311,7 +318,7 @@ type frozenL1 struct {
 
 type frozenSlice struct {
 	s   *slice
-	raw *[maxSliceBytes]byte
+	raw *[]byte
 }
 
 // freeze cuts a generation. The order matters: references retired before the cut had their entries changed before, so
@@ -355,11 +362,11 @@ func (m *Mapping) freezeSlices(g *generation) {
 	m.dirty = nil
 	m.dirtyMu.Unlock()
 	for _, s := range dirty {
-		f := frozenSlice{s, sliceBuf()}
+		f := frozenSlice{s, sliceBuf(m.sliceSize)}
 		s.mu.Lock()
 		for k := range s.words {
 			b := format.EncodeUint64(s.words[k].Load())
-			copy(f.raw[k*8:], b[:])
+			copy((*f.raw)[k*8:], b[:])
 		}
 		g.ordered = g.ordered || s.fresh
 		s.dirty, s.fresh, s.writing = false, false, true
@@ -455,7 +462,7 @@ func (s *Store) writeSlices(fs []frozenSlice) error {
 		vec = vec[:0]
 		at := fs[i].s.host()
 		for ; i < len(fs) && fs[i].s.host() == at+format.HostOff(int64(len(vec))*size); i++ {
-			vec = append(vec, fs[i].raw[:size])
+			vec = append(vec, *fs[i].raw)
 		}
 		if err := storage.WriteVFull(s.file, vec, int64(at)); err != nil {
 			return fmt.Errorf("writing L2 table at host offset %#x: %w", at, err)
