@@ -168,6 +168,8 @@ var Defects = []Defect{
 		" || s.Corrupt() != nil {\n		return nil", " {\n		return nil"},
 	{"corrupt-told-often", "every change of a corrupt image is an event", corrupt,
 		" && s.wreck.told.CompareAndSwap(false, true) {", " {"},
+	{"slot-of-another", "a cluster is taken for metadata because another one has just become that", overlap,
+		"s.group.Load() == group+1 {\n			for", "s.group.Load() != 0 {\n			for"},
 	{"table-outgrown", "structures are forgotten when the table of their places grows", overlap,
 		"			s.lanes.Store(lanes)\n			s.group", "			s.lanes.Store(lanes << laneBits)\n			s.group"},
 

@@ -320,7 +320,8 @@ func (t *singleTable) at(r ClusterRun) Structure {
 	for c := r.First; c < r.End(); {
 		group := uint64(c) >> groupBits
 		end := min(r.End(), format.ClusterIdx((group+1)<<groupBits))
-		if s := t.slot(group); s.group.Load() != 0 {
+		// A slot that was free when it was found may hold another group by now.
+		if s := t.slot(group); s.group.Load() == group+1 {
 			for lanes := s.lanes.Load(); lanes != 0 && c < end; c++ {
 				found |= laneKinds[lanes>>(uint64(c)%groupSize*laneBits)&(1<<laneBits-1)]
 			}
