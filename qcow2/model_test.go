@@ -63,15 +63,16 @@ func drawVariant(r *rand.Rand) variant {
 
 // harness drives an image and a byte slice side by side.
 type harness struct {
-	t     testing.TB
-	r     *rand.Rand
-	v     variant
-	file  *storage.MemFile
-	base  []byte
-	im    *qcow2.Image
-	model []byte
-	snaps []modelSnapshot
-	data  *storage.MemFile // nil when there is none
+	opened int // how often the image was opened
+	t      testing.TB
+	r      *rand.Rand
+	v      variant
+	file   *storage.MemFile
+	base   []byte
+	im     *qcow2.Image
+	model  []byte
+	snaps  []modelSnapshot
+	data   *storage.MemFile // nil when there is none
 }
 
 func newHarness(t testing.TB, r *rand.Rand, v variant) *harness {
@@ -103,8 +104,8 @@ func (h *harness) open() {
 	h.t.Helper()
 	o := qcow2.Options{CacheSize: h.v.cache, DiscardNoUnref: h.r.IntN(4) == 0,
 		PassDiscardRequest: qcow2.Switch(h.r.IntN(3)), PassDiscardOther: qcow2.Switch(h.r.IntN(3))}
-	if h.r.IntN(3) == 0 {
-		o.CacheEntrySize = min(512<<h.r.IntN(8), h.v.create.ClusterSize)
+	if h.opened++; h.opened%2 == 0 {
+		o.CacheEntrySize = min(512<<(h.opened/2%8), h.v.create.ClusterSize)
 	}
 	if h.data != nil {
 		o.DataFile = keepOpen{h.data}
