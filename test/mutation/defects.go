@@ -36,6 +36,14 @@ const (
 	zero      = "qcow2/zero.go"
 	layout    = "qcow2/internal/format/layout.go"
 	entries   = "qcow2/internal/format/entries.go"
+
+	repair     = "qcow2/internal/check/repair.go"
+	rebuild    = "qcow2/internal/check/rebuild.go"
+	copied     = "qcow2/internal/check/copied.go"
+	mending    = "qcow2/internal/check/entries.go"
+	snapTable  = "qcow2/internal/check/snapshots.go"
+	checkFacts = "qcow2/internal/check/check.go"
+	undoLog    = "qcow2/internal/check/undo.go"
 )
 
 // Defects are the mistakes that the suite must catch.
@@ -225,4 +233,32 @@ var Defects = []Defect{
 		"	return off, (sectors+1)*SectorSize - int64(off%SectorSize)\n", "	return off, max(sectors, 1)*SectorSize - int64(off%SectorSize)\n"},
 	{"l2-index-wraps-early", "half of each L2 table is used twice", layout,
 		"func (l Layout) L2Entries() int64 { return 1 << l.l2Bits() }", "func (l Layout) L2Entries() int64 { return 1 << (l.l2Bits() - 1) }"},
+
+	// Repair.
+	{"repair-clears-dirty-early", "a repair marks an image clean that it has not found to be", repair,
+		"	case clean:\n		bits &^=", "	case clean || r.changed:\n		bits &^="},
+	{"repair-leaks-of-dirty", "leaks of a crashed image are repaired though its refcounts mean nothing", repair,
+		"	case rep.Dirty && rep.Corruptions > 0:\n		return ErrDirtyLeaks\n", ""},
+	{"repair-dirty-not-set", "a power cut during a repair leaves wrong refcounts in an image that looks clean", repair,
+		"	if r.dirtySet || h.Version", "	if true || r.dirtySet || h.Version"},
+	{"repair-blind", "leaks are freed to which a damaged entry may refer", repair,
+		"	if stored > found && r.blind ||", "	if"},
+	{"repair-lowers-nothing", "refcounts that are too high stay", repair,
+		"		if err := r.adjust(false); err != nil {", "		if err := r.sync(); err != nil {"},
+	{"repair-pointer-first", "the header points to refcount blocks that are not durable", rebuild,
+		"	if err := b.sync(); err != nil {\n		return err\n	}\n	pointer", "	pointer"},
+	{"repair-rebuild-over-old", "new refcount structures overwrite what is in use", rebuild,
+		"		if r.c.refs.get(i) != 0 || !likes(i) {", "		if r.c.refs.get(i) > 1 || !likes(i) {"},
+	{"repair-copied-kept", "COPIED stays set on a cluster with two references", copied,
+		"	case !p.set:\n		return word &^ copied\n", "	case !p.set:\n		return word\n"},
+	{"repair-overlap-loses-data", "data is dropped where a subcluster says data and zeroes", mending,
+		"		b &^= b << 32\n", "		b &^= b >> 32\n"},
+	{"repair-overflow-exclusive", "a cluster with more references than can be counted is taken for exclusive", checkFacts,
+		"	return c.refs.get(i) == n && !c.overflowed[i] && !c.tooMany\n", "	return c.refs.get(i) == n\n"},
+	{"repair-snapshot-pointer-first", "the header points to a snapshot table that is not durable", snapTable,
+		"	if err := r.sync(); err != nil {\n		return err\n	}\n	off := c.l", "	off := c.l"},
+	{"undo-log-late", "an image is changed before its undo log is durable", undoLog,
+		"	if err := u.log.Sync(); err != nil {\n		return fmt.Errorf(\"making the undo log durable: %w\", err)\n	}\n	u.pending = 0\n", "	u.pending = 0\n"},
+	{"undo-any-image", "old metadata is put back into an image that was written to since", undoLog,
+		"	if err := r.verify(); err != nil {\n		return 0, err\n	}\n", ""},
 }

@@ -45,12 +45,7 @@ func (r *repairer) owner() *tableOwner {
 		add(c.h.Bitmaps.DirectoryOffset, c.h.Bitmaps.DirectorySize)
 	}
 	if !c.withoutRefs { // after a rebuild the old structures are free, and the new ones where nothing else is
-		add(c.h.RefTableOffset, uint64(c.h.RefTableLen)<<c.l.ClusterBits)
-		for _, e := range c.stored.table {
-			if e != 0 {
-				add(e.Offset(), uint64(c.l.ClusterSize()))
-			}
-		}
+		others = append(others, c.refSpans()...)
 	}
 	return &tableOwner{
 		c:           c,
@@ -58,6 +53,18 @@ func (r *repairer) owner() *tableOwner {
 		l1:          newClusterSet([]span{c.spanOf(c.h.L1Offset, uint64(c.h.L1Size)*8)}),
 		snapshotL1s: newClusterSet(c.snapshotL1s),
 	}
+}
+
+// refSpans returns the clusters of the refcount table and of everything that it points to.
+func (c *checker) refSpans() []span {
+	table := c.inside(c.h.RefTableOffset, uint64(c.h.RefTableLen)<<c.l.ClusterBits) // what the file has of it
+	spans := []span{c.spanOf(c.h.RefTableOffset, uint64(table))}
+	for _, e := range c.stored.table {
+		if e != 0 {
+			spans = append(spans, c.spanOf(e.Offset(), uint64(c.l.ClusterSize())))
+		}
+	}
+	return spans
 }
 
 // spanOf returns the clusters of a range, none if it is not in the file.

@@ -19,7 +19,8 @@ func (r *repairer) rebuild() error {
 	if err != nil {
 		return err
 	}
-	b := rebuilder{repairer: r, fresh: fresh, blocks: make(map[int64]format.ClusterIdx), next: r.firstFree()}
+	b := rebuilder{repairer: r, old: newClusterSet(r.c.refSpans()), fresh: fresh, next: r.firstFree(),
+		blocks: make(map[int64]format.ClusterIdx)}
 	if err := b.place(); err != nil {
 		return err
 	}
@@ -35,6 +36,7 @@ func (r *repairer) rebuild() error {
 // rebuilder is the work of one rebuild.
 type rebuilder struct {
 	*repairer
+	old    clusterSet        // the old structures, those too that the walk does not count because their entry is wrong
 	fresh  *checker          // its counts leave out the old structures, and take in the new as they are placed
 	next   format.ClusterIdx // where to look for free clusters
 	blocks map[int64]format.ClusterIdx
@@ -129,7 +131,7 @@ func (b *rebuilder) missing() []int64 {
 
 // take finds n clusters in a row that nothing refers to, old refcount structures included, and counts them.
 func (b *rebuilder) take(n int64) (format.ClusterIdx, error) {
-	first, err := b.findFree(b.next, n, func(i format.ClusterIdx) bool { return b.fresh.refs.get(i) == 0 })
+	first, err := b.findFree(b.next, n, func(i format.ClusterIdx) bool { return b.fresh.refs.get(i) == 0 && !b.old.has(i) })
 	if err != nil {
 		return 0, err
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"testing"
@@ -210,10 +211,18 @@ func TestRepairBeforePowerFails(t *testing.T) {
 			if err != nil || !whole.After.Clean() {
 				t.Fatalf("%v, %+v\n%s", err, whole, texts(whole.After))
 			}
-			want := reachable(t, contentOf(t, file))
+			final := contentOf(t, file)
+			want, wrong := reachable(t, final), wrongCounts(t, x.b)
 			states := 0
 			err = file.Explorer().Explore(storage.ExploreOptions{Exhaustive: 6, PerFamily: 12, Samples: 12}, func(s storage.CrashState) error {
 				states++
+				now := contentOf(t, s.Image)
+				if got := wrongCounts(t, now); got > wrong {
+					return fmt.Errorf("%d refcounts are too low, before the repair %d", got, wrong)
+				}
+				if x.l.Version >= format.Version3 && now[format.OffIncompat+7] == 0 && !bytes.Equal(now, x.b) && !bytes.Equal(now, final) {
+					return errors.New("the image is neither as before nor as after the repair, and does not say so")
+				}
 				rep, err := Repair(context.Background(), s.Image, RepairOptions{Mode: RepairAll})
 				if err != nil {
 					return err
@@ -231,6 +240,111 @@ func TestRepairBeforePowerFails(t *testing.T) {
 			}
 			t.Logf("%d states", states)
 		})
+	}
+}
+
+// wrongCounts returns how many corruptions there are that are no COPIED flags.
+func wrongCounts(t testing.TB, b []byte) int64 {
+	t.Helper()
+	c := newChecker(context.Background(), memory(t, b), Options{})
+	if err := errors.Join(c.open(), c.run()); err != nil {
+		t.Fatal(err)
+	}
+	return c.rep.Corruptions - c.copied
+}
+
+// TestRepairKeepsDirty: what is not sound after a repair stays dirty and corrupt.
+func TestRepairKeepsDirty(t *testing.T) {
+	x := build(t, plain, 1<<30, 8)
+	x.set(x.l1(0), 4<<16) // without COPIED, which can be repaired
+	x.refcount(4<<16, 1)
+	x.set(x.l1(1), 1<<50) // nowhere, which cannot
+	x.b[format.OffIncompat+7] = 3
+	f := memory(t, x.b)
+	rep, err := Repair(context.Background(), f, RepairOptions{Mode: RepairAll})
+	if err != nil || rep.CorruptionsFixed != 1 || rep.After.Corruptions != 1 || !rep.After.Dirty || !rep.After.Corrupt {
+		t.Errorf("%v, %+v", err, rep)
+	}
+	if got := parseImage(t, contentOf(t, f)).h.Incompat; got != 3 {
+		t.Errorf("features %#x after a repair that left an error", got)
+	}
+	// A bit that the repair itself set goes when the repair is done.
+	x.b[format.OffIncompat+7] = 0
+	f = memory(t, x.b)
+	if rep, err = Repair(context.Background(), f, RepairOptions{Mode: RepairAll}); err != nil || rep.CorruptionsFixed != 1 {
+		t.Errorf("%v, %+v", err, rep)
+	}
+	if got := parseImage(t, contentOf(t, f)).h.Incompat; got != 0 {
+		t.Errorf("features %#x", got)
+	}
+}
+
+// TestRepairKeepsSubclusters: where a subcluster says both, the data stays, and so do all others.
+func TestRepairKeepsSubclusters(t *testing.T) {
+	l := format.Layout{ClusterBits: 14, RefcountOrder: 4, Version: 3, ExtendedL2: true}
+	x := build(t, l, 1<<20, 8)
+	x.set(x.l1(0), 1<<63|4<<14)
+	x.set(4<<14, 1<<63|5<<14)
+	x.set(4<<14+8, 0x8000_0003_0000_000d)
+	x.refcount(4<<14, 1)
+	x.refcount(5<<14, 1)
+	f := memory(t, x.b)
+	rep, err := Repair(context.Background(), f, RepairOptions{Mode: RepairAll})
+	if err != nil || !rep.After.Clean() || rep.CorruptionsFixed != 1 {
+		t.Fatalf("%v, %+v", err, rep)
+	}
+	if got := parseImage(t, contentOf(t, f)).word(4<<14 + 8); got != 0x8000_0002_0000_000d {
+		t.Errorf("the bitmap is %#x", got)
+	}
+}
+
+// TestRepairCannotCountTwo: with refcounts of one bit the second reference to a cluster does not show in its count. What is
+// a refcount block and the L1 table too must not be written as a block.
+func TestRepairCannotCountTwo(t *testing.T) {
+	x := build(t, format.Layout{ClusterBits: 12, RefcountOrder: 0, Version: 3}, 64<<10, 8)
+	x.set(x.l1(0), 1<<63|4<<12)
+	x.set(4<<12, 1<<63|5<<12)
+	x.set(x.refEntry(0), uint64(x.h.L1Offset))
+	f := memory(t, x.b)
+	rep, err := Repair(context.Background(), f, RepairOptions{Mode: RepairAll})
+	if err != nil || !rep.After.Clean() || !rep.Rebuilt {
+		t.Errorf("%v, %+v", err, rep)
+	}
+	if now := parseImage(t, contentOf(t, f)); now.word(now.l1(0)) != x.word(x.l1(0)) || now.word(4<<12) != x.word(4<<12) {
+		t.Error("the L1 table was written over")
+	}
+}
+
+// TestRepairSnapshotTable damages an entry of the snapshot table. Whatever a power cut leaves of the repair, the next one
+// finds the snapshots.
+func TestRepairSnapshotTable(t *testing.T) {
+	for name, extra := range map[string]uint32{"short": 8, "long": 2000, "none": 0, "too long for any table": 1 << 31} {
+		x := wholeImage(t)
+		x.set32(x.h.SnapshotsOffset+36, extra)
+		base := storage.NewMemFile("damaged")
+		if _, err := base.WriteAt(x.b, 0); err != nil {
+			t.Fatal(err)
+		}
+		file := storage.NewCrashFile(base)
+		rep, err := Repair(context.Background(), file, RepairOptions{Mode: RepairAll})
+		if err != nil || !rep.After.Clean() || rep.CorruptionsFixed == 0 {
+			t.Fatalf("%s: %v, %+v", name, err, rep)
+		}
+		err = file.Explorer().Explore(storage.ExploreOptions{Exhaustive: 8}, func(s storage.CrashState) error {
+			rep, err := Repair(context.Background(), s.Image, RepairOptions{Mode: RepairAll})
+			if err != nil || !rep.After.Clean() {
+				return fmt.Errorf("not repaired: %+v (%w)", rep, err)
+			}
+			now := parseImage(t, contentOf(t, s.Image))
+			list, _, err := format.ParseSnapshots(now.b[now.h.SnapshotsOffset:], int(now.h.SnapshotCount), now.h)
+			if err != nil || len(list) != 1 || list[0].Name != "s" || list[0].L1Offset != 5<<16 || list[0].ExtraSize < 16 {
+				return fmt.Errorf("the snapshots are %+v (%w)", list, err)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }
 
@@ -270,6 +384,7 @@ func crashDamages() []crashDamage {
 			"zero":        func(x *bytesOf) { x.refcount(6<<l.ClusterBits, 0); x.refcount(0, 0) },
 			"no block":    func(x *bytesOf) { x.set(x.refEntry(0), 0) },
 			"block is L2": func(x *bytesOf) { x.set(x.refEntry(0), x.word(x.l1(0))&^(1<<63)) },
+			"odd block":   func(x *bytesOf) { x.xor(x.refEntry(0), 6) },
 			"no table":    func(x *bytesOf) { x.set32(format.OffRefTable+8, 0) },
 			"some of each": func(x *bytesOf) {
 				x.refcount(6<<l.ClusterBits, 0)

@@ -59,12 +59,13 @@ func (r *repairer) mendSnapshots() error {
 func (r *repairer) placeSnapshots(length int64) (format.ClusterIdx, error) {
 	c := r.c
 	n := max(1, c.l.ClustersFor(length))
+	refs := newClusterSet(c.refSpans())
 	i, err := r.findFree(r.firstFree(), n, func(i format.ClusterIdx) bool {
 		block, ok := c.stored.block(c.l.RefTableIndex(i))
-		return ok && block != nil
+		return ok && block != nil && !refs.has(i)
 	})
 	if errors.Is(err, errNoPlace) && c.l.Version >= format.Version3 {
-		return r.findFree(r.firstFree(), n, func(format.ClusterIdx) bool { return true })
+		return r.findFree(r.firstFree(), n, func(i format.ClusterIdx) bool { return !refs.has(i) })
 	}
 	return i, err
 }
