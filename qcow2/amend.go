@@ -275,7 +275,7 @@ func (a amendment) downgrade(ctx context.Context) error {
 		return err
 	}
 	var zero func(meta.GuestCluster, format.HostOff) error
-	if im.hdr.BackingFile != "" {
+	if im.hdr.BackingFile != "" || im.backing != nil {
 		zeroes := make([]byte, im.lay.ClusterSize())
 		zero = func(c meta.GuestCluster, host format.HostOff) error {
 			return im.writeHost(zeroes, int64(c)<<im.lay.ClusterBits, int64(host))

@@ -158,8 +158,22 @@ func (c *client) step() error {
 		return c.note(request{name: "flush", act: actUnknown}, func(*request) error { return c.im.Flush(ctx) })
 	case k < 98:
 		return c.note(request{name: "extents", act: actUnknown}, func(*request) error { return c.extents(off, length) })
+	case k < 99:
+		return c.note(request{name: "check", act: actUnknown}, func(*request) error { return c.check(ctx) })
 	}
-	return c.note(request{name: "check", act: actUnknown}, func(*request) error { return c.check(ctx) })
+	return c.note(request{name: "change", act: actUnknown}, func(*request) error { return c.change() }, qcow2.ErrInvalidOption)
+}
+
+// change changes the image under everybody's feet: the disk behind the part that requests go to, the refcounts, the version.
+func (c *client) change() error {
+	ctx := context.Background() // a change that is broken off leaves leaks for the next open to repair
+	switch c.r.IntN(4) {
+	case 0, 1:
+		return c.im.Resize(ctx, c.size()+c.r.Int64N(4)*c.r.Int64N(200)*sectorSize, qcow2.ResizeOptions{Shrink: true})
+	case 2:
+		return c.im.Amend(ctx, qcow2.AmendOptions{RefcountBits: 16 << c.r.IntN(3)})
+	}
+	return c.im.Amend(ctx, qcow2.AmendOptions{Version: 2 + c.r.IntN(2)})
 }
 
 func (c *client) read(q request, call func(p []byte) error) error {
