@@ -26,6 +26,9 @@ type FormatOptions struct {
 	Options  map[string]string // runtime options by QEMU's names, for example "l2-cache-size"
 	// Memory, if not nil, bounds what the caches of several devices take together.
 	Memory *CacheBudget
+	// Secret looks up a secret that an option names. It is never nil.
+	Secret func(id string) ([]byte, error)
+	NoData bool // data will be neither read nor written
 	// OnCorrupt, if not nil, is called once when the image has been marked corrupt. It must not wait for the image.
 	OnCorrupt func(error)
 	// OpenBacking opens the backing file that the image names (or that the caller put in its place), read-only. format

@@ -38,10 +38,15 @@ type OpenOptions struct {
 
 	// Policy judges the files that images name. nil is DenyAll.
 	Policy Policy
-	// Options are the format's runtime options for the top image, by QEMU's names.
+	// Options are the format's runtime options for the top image, by QEMU's names. Those that begin with "backing." are for
+	// the image below.
 	Options map[string]string
 	// Memory, if not nil, bounds the metadata caches of all images that are opened with it, together.
 	Memory *CacheBudget
+	// Secret looks up the secrets that options speak of, the keys of encrypted images, by their IDs. nil knows none.
+	Secret func(id string) ([]byte, error)
+	// NoData says that no data will be read or written, so that encrypted images may stay locked.
+	NoData bool
 	// OnCorrupt, if not nil, is called once for an image that has been marked corrupt because a change met impossible
 	// metadata, with its name. The image is only read from then on. It must not wait for the image.
 	OnCorrupt func(name string, err error)
@@ -57,6 +62,8 @@ var (
 	ErrUnknownFormat = errors.New("unknown image format")
 	// ErrProtocol is wrapped when a name is not that of a file.
 	ErrProtocol = errors.New("protocol is not supported")
+	// ErrNoSecret is wrapped, in QEMU's words, when an option speaks of a secret that nobody gave.
+	ErrNoSecret = errors.New("No secret with id") //lint:ignore ST1005 QEMU's words
 	// ErrChain is wrapped when images refer to each other in a circle or are too many.
 	ErrChain = errors.New("backing chain is not usable")
 )
@@ -241,11 +248,8 @@ func (l *layer) openFormat(ctx context.Context, file storage.File) (Device, erro
 	if !ok {
 		return nil, fmt.Errorf("%w %q (known formats: %s)", ErrUnknownFormat, format, strings.Join(Formats(), ", "))
 	}
-	fo := FormatOptions{Name: l.path, ReadOnly: l.readOnly, OpenBacking: l.openBacking, OpenDataFile: l.openData,
-		Memory: l.o.Memory}
-	if l == l.top {
-		fo.Options = l.o.Options
-	}
+	fo := FormatOptions{Name: l.path, ReadOnly: l.readOnly, Options: l.options(), Secret: l.o.secret(), NoData: l.o.NoData,
+		Memory: l.o.Memory, OpenBacking: l.openBacking, OpenDataFile: l.openData}
 	if tell := l.o.OnCorrupt; tell != nil {
 		fo.OnCorrupt = func(err error) { tell(l.path, err) }
 	}
@@ -253,6 +257,31 @@ func (l *layer) openFormat(ctx context.Context, file storage.File) (Device, erro
 		return openProbedRaw(file, fo)
 	}
 	return f.Open(ctx, file, fo)
+}
+
+// options returns the runtime options for the image of l.
+func (l *layer) options() map[string]string {
+	if l == l.top {
+		return l.o.Options
+	}
+	if l.kind != RefBacking {
+		return nil
+	}
+	options := make(map[string]string)
+	prefix := strings.Repeat("backing.", len(l.above))
+	for name, value := range l.o.Options {
+		if name, ok := strings.CutPrefix(name, prefix); ok {
+			options[name] = value
+		}
+	}
+	return options
+}
+
+func (o *OpenOptions) secret() func(id string) ([]byte, error) {
+	if o.Secret != nil {
+		return o.Secret
+	}
+	return func(id string) ([]byte, error) { return nil, fmt.Errorf("%w '%s'", ErrNoSecret, id) }
 }
 
 func openProbedRaw(file storage.File, fo FormatOptions) (Device, error) {

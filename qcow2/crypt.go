@@ -7,6 +7,7 @@ import (
 	"io"
 	"sync"
 
+	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/luks"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/storage"
@@ -40,6 +41,29 @@ type EncryptCreateOptions struct {
 	Format string // "" is EncryptLUKS
 	Secret []byte
 	LUKS   luks.CreateOptions // for EncryptLUKS
+}
+
+// errKeyRequired is the ErrNoKey of images that are opened by name, in QEMU's words.
+type errKeyRequired struct{}
+
+func (errKeyRequired) Error() string { return "Parameter 'encrypt.key-secret' is required for cipher" }
+func (errKeyRequired) Unwrap() error { return ErrNoKey }
+
+// encryptOptions makes EncryptOptions of those by QEMU's names. An image that will be read or written needs its key.
+func encryptOptions(h *format.Header, o block.FormatOptions) (*EncryptOptions, error) {
+	e := &EncryptOptions{Format: o.Options["encrypt.format"]}
+	id, given := o.Options["encrypt.key-secret"]
+	switch {
+	case h.CryptMethod == format.CryptNone && e.Format != "":
+		return e, nil // Open refuses it
+	case h.CryptMethod == format.CryptNone, !given && o.NoData:
+		return nil, nil
+	case !given:
+		return nil, errKeyRequired{}
+	}
+	var err error
+	e.Secret, err = o.Secret(id)
+	return e, err
 }
 
 // encryption is how an image is encrypted, and, when it is unlocked, what does it.
@@ -381,4 +405,23 @@ func (o *EncryptCreateOptions) create(ctx context.Context, file storage.File, h 
 	}
 	e.cipher = e.volume.Cipher()
 	return e, nil
+}
+
+// KeySlotsOf returns the key slots that a passphrase opens.
+func (im *Image) KeySlotsOf(ctx context.Context, secret []byte) (slots []int, err error) {
+	err = im.keySlots(func(v *luks.Volume) error {
+		slots, err = v.SlotsOf(ctx, secret)
+		return err
+	})
+	return slots, err
+}
+
+// Encryption describes how the image is encrypted now, nil when it is not.
+func (im *Image) Encryption() (*EncryptionInfo, error) {
+	t, err := im.enter()
+	if err != nil {
+		return nil, err
+	}
+	defer im.meta.Epochs.Exit(t)
+	return readEncryption(im.file, im.hdr)
 }

@@ -151,6 +151,9 @@ func openFormat(ctx context.Context, file storage.File, o block.FormatOptions) (
 	if err := opts.runtime(o.Options, hdr); err != nil {
 		return nil, err
 	}
+	if opts.Encrypt, err = encryptOptions(hdr, o); err != nil {
+		return nil, err
+	}
 	if hdr.Incompat&format.IncompatDataFile != 0 {
 		if opts.DataFile, err = o.OpenDataFile(ctx, hdr.DataFileName); err != nil {
 			return nil, fmt.Errorf("opening the external data file of %s: %w", o.Name, err)

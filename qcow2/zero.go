@@ -198,7 +198,10 @@ type zeroing struct {
 // zeroing returns how body is zeroed by the mapping when the guest asks for it.
 func (im *Image) zeroing(body span, unmap bool) zeroing {
 	keep := im.opts.DiscardNoUnref && im.lay.Version >= format.Version3
-	return zeroing{im, body, unmap && !keep, unmap && im.passRequest()}
+	// A hole in a cluster that something still maps, on the disk or for a reader that began before, reads as zeroes; with
+	// encryption it would read as noise.
+	punch := unmap && im.passRequest() && im.crypt == nil
+	return zeroing{im, body, unmap && !keep, punch}
 }
 
 // passRequest reports whether the host gets the space back that the guest gives up.

@@ -138,6 +138,9 @@ func (m *amender) printHelp(format string) error {
 func (m *amender) amend(ctx context.Context, im *qcow2.Image) error {
 	bar := newProgress(m.out, m.showProgress && !m.quiet)
 	o, err := m.parse()
+	if keys := m.keyChange(); err == nil && keys != nil {
+		err = keys.run(ctx, im)
+	}
 	if err == nil {
 		o.Progress = bar.set
 		err = im.Amend(ctx, o)
@@ -173,9 +176,6 @@ func (m *amender) setOption(key, value string) error {
 	}
 	if i < 0 {
 		return errorf("Invalid parameter '%s'", key)
-	}
-	if strings.HasPrefix(key, "encrypt.") {
-		return errorf("Can't amend encryption options - encryption not present")
 	}
 	text, err := amendOptions[i].normalize(value)
 	m.options[key] = text

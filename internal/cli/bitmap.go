@@ -40,7 +40,6 @@ type bitmapRun struct {
 	options                 qcow2.BitmapOptions
 	name                    string
 	dev                     block.Device
-	objects                 []string
 	hasGranularity, hasFrom bool
 }
 
@@ -73,7 +72,6 @@ Several actions are done in the order in which they are given.`,
 	f.StringVarP(&r.from, "source-file", "b", "", "take the bitmaps to merge from image `FILE`")
 	f.StringVarP(&r.fromFormat, "source-format", "F", "", "`format` of that image")
 	f.StringVarP(&r.granularity, "granularity", "g", "", "`size` that one bit of a new bitmap stands for")
-	f.StringArrayVar(&r.objects, "object", nil, "an `object` of qemu-img, for example a secret (none is needed here)")
 	r.src.add(cmd)
 	r.src.policy.add(f)
 	return cmd

@@ -39,6 +39,7 @@ with a backing file may leave it out and is then as large as that.
 	f.BoolVarP(&c.unsafe, "unsafe", "u", false, "do not open the backing file (SIZE is then needed)")
 	f.StringArrayVarP(&c.optionTexts, "options", "o", nil, "`options` of the format: NAME=VALUE,...")
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "print nothing but errors")
+	c.objects.add(f)
 	return cmd
 }
 
@@ -53,6 +54,8 @@ type creator struct {
 	size    int64
 	hasSize bool
 	options map[string]string
+	objects objectFlags
+	secrets secrets
 }
 
 // createOption describes an option of a format. The order of a format's options is that in which they are reported.
@@ -66,7 +69,7 @@ var rawOptions = []createOption{
 	{"preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)", ""},
 }
 
-var qcow2Options = []createOption{
+var qcow2Options = append(slices.Clone(encryptCreateOptions), []createOption{
 	{"cluster_size", "size", "qcow2 cluster size", "65536"},
 	{"extended_l2", "bool", "Extended L2 tables", "off"},
 	{"preallocation", "str", "Preallocation mode (allowed values: off, metadata, falloc, full)", ""},
@@ -77,10 +80,10 @@ var qcow2Options = []createOption{
 	{"backing_fmt", "str", "Image format of the base image", ""},
 	{"lazy_refcounts", "bool", "Postpone refcount updates", "off"},
 	{"refcount_bits", "num", "Width of a reference count entry in bits", "16"},
-}
+}...)
 
 // notHere are options of qemu-img's qcow2 that this version does not have.
-var notHere = []string{"data_file", "data_file_raw", "encryption", "encrypt."}
+var notHere = []string{"data_file", "data_file_raw"}
 
 func (c *creator) run(ctx context.Context, args []string) error {
 	known, ok := map[string][]createOption{"raw": rawOptions, "qcow2": qcow2Options}[c.format]
@@ -97,6 +100,10 @@ func (c *creator) run(ctx context.Context, args []string) error {
 		}
 	}
 	if err := c.arguments(args); err != nil {
+		return err
+	}
+	var err error
+	if c.secrets, err = c.objects.parse(); err != nil {
 		return err
 	}
 	if !ok {
@@ -186,10 +193,8 @@ func (c *creator) setOption(known []createOption, key, value string) error {
 		c.options[key] = text
 		return nil
 	}
-	for _, missing := range notHere {
-		if c.format == "qcow2" && (key == missing || strings.HasSuffix(missing, ".") && strings.HasPrefix(key, missing)) {
-			return errorf("Parameter '%s' is not supported in this version", key)
-		}
+	if c.format == "qcow2" && slices.Contains(notHere, key) {
+		return errorf("Parameter '%s' is not supported in this version", key)
 	}
 	return errorf("Invalid parameter '%s'", key)
 }
@@ -286,7 +291,7 @@ func (c *creator) backingSize(ctx context.Context) (int64, error) {
 		name = block.ResolveName(c.file, name)
 	}
 	dev, err := block.Open(ctx, name, block.OpenOptions{
-		Format: c.backingFormat, AllowProbe: true, ReadOnly: true, ForceShare: true, NoBacking: true,
+		Format: c.backingFormat, AllowProbe: true, ReadOnly: true, ForceShare: true, NoBacking: true, NoData: true,
 	})
 	if err != nil {
 		return 0, errorf("%s\n%s", openReason(name, err), hint)
@@ -410,7 +415,7 @@ func (c *creator) qcow2Options() (qcow2.CreateOptions, error) {
 		ClusterSize: 65536, RefcountBits: 16, Version: 3,
 	}
 	for _, step := range []func(*qcow2.CreateOptions) error{
-		c.setPreallocation, c.setVersion, c.setCompression, c.setClusterSize, c.checkBacking, c.checkVersion,
+		c.setEncryption, c.setPreallocation, c.setVersion, c.setCompression, c.setClusterSize, c.checkBacking, c.checkVersion,
 	} {
 		if err := step(&o); err != nil {
 			return o, err

@@ -42,6 +42,7 @@ The human form lists data only. The JSON form covers the whole disk.`,
 		},
 	}
 	src.add(cmd)
+	src.noData = true
 	outputFlag(cmd, &output)
 	cmd.Flags().StringVarP(&start, "start-offset", "s", "", "begin at `OFFSET`")
 	cmd.Flags().StringVarP(&length, "max-length", "l", "", "cover at most `LENGTH` bytes")

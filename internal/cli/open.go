@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 )
 
@@ -25,6 +26,9 @@ type source struct {
 
 	name    string
 	options map[string]string // of the format, from --image-opts
+	objects objectFlags
+	secrets secrets
+	noData  bool // the command needs no data: an encrypted image may stay locked
 }
 
 // policyFlags say which files an image may refer to.
@@ -53,10 +57,15 @@ func (s *source) add(cmd *cobra.Command) {
 	f.StringVarP(&s.format, "format", "f", "", "`format` of the image; by default its content decides")
 	f.BoolVarP(&s.forceShare, "force-share", "U", false, "open the image even if somebody else writes to it")
 	f.BoolVar(&s.imageOpts, "image-opts", false, "the image is given as options: driver=FMT,file.filename=NAME")
+	s.objects.add(f)
 }
 
 // set takes the image argument.
 func (s *source) set(arg string) error {
+	var err error
+	if s.secrets, err = s.objects.parse(); err != nil {
+		return err
+	}
 	s.name = arg
 	if !s.imageOpts {
 		return nil
@@ -67,65 +76,11 @@ func (s *source) set(arg string) error {
 	return s.parseImageOpts(arg)
 }
 
-// parseImageOpts understands the options that describe a format over a file. Others are refused rather than ignored.
-func (s *source) parseImageOpts(arg string) error {
-	s.name = ""
-	s.options = make(map[string]string)
-	for i, part := range splitOptions(arg) {
-		key, value, ok := strings.Cut(part, "=")
-		if !ok && i == 0 {
-			key, value = "file", part
-		}
-		switch key {
-		case "driver":
-			s.format = value
-		case "file", "file.filename", "filename":
-			s.name = value
-		case "file.driver":
-			if value != "file" && value != "host_device" {
-				return errorf("Could not open '%s': Unknown driver '%s'", arg, value)
-			}
-		case "force-share":
-			s.forceShare = value == "on"
-		case "read-only", "file.locking", "cache.direct", "cache.no-flush":
-			// They choose how, not what: reading sees the same.
-		default:
-			s.options[key] = value
-		}
-	}
-	if s.format == "file" {
-		s.format = block.FormatRaw
-	}
-	if s.name == "" {
-		return errorf("Could not open '%s': A block device must be specified for \"file\"", arg)
-	}
-	return nil
-}
-
-// splitOptions cuts "a=b,c=d" at its commas; a doubled comma stands for one.
-func splitOptions(text string) []string {
-	var parts []string
-	var cur strings.Builder
-	for i := 0; i < len(text); i++ {
-		if text[i] != ',' {
-			cur.WriteByte(text[i])
-			continue
-		}
-		if i+1 < len(text) && text[i+1] == ',' {
-			cur.WriteByte(',')
-			i++
-			continue
-		}
-		parts = append(parts, cur.String())
-		cur.Reset()
-	}
-	return append(parts, cur.String())
-}
-
 func (s *source) openOptions() block.OpenOptions {
 	return block.OpenOptions{
 		Format: s.format, AllowProbe: true, ProbeBacking: true, ReadOnly: true, ForceShare: s.forceShare,
 		Policy: s.policy.policy(), Options: s.options,
+		Secret: s.secrets.lookup, NoData: s.noData,
 	}
 }
 
@@ -212,6 +167,8 @@ func reason(name string, err error) string {
 	switch {
 	case errors.As(err, &lock):
 		return lock.Error()
+	case errors.Is(err, qcow2.ErrWrongKey):
+		return qcow2.ErrWrongKey.Error()
 	case errors.Is(err, storage.ErrFileType):
 		return fmt.Sprintf("'file' driver requires '%s' to be a regular file", name)
 	case errors.Is(err, block.ErrProtocol):

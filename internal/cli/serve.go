@@ -67,6 +67,8 @@ everything is written and flushed; a second signal ends it at once.`,
 	f.BoolVarP(&s.forceShare, "force-share", "U", false, "serve images that somebody else writes to (needs --read-only)")
 	f.IntVar(&s.maxConnections, "max-connections", 100, "serve at most `N` clients at a time, 0 for any number")
 	f.DurationVar(&s.handshake, "handshake-timeout", 10*time.Second, "`time` that a client has to choose an export, 0 for ever")
+	f.BoolVar(&s.imageOpts, "image-opts", false, "images are given as options: driver=FMT,file.filename=NAME")
+	s.objects.add(f)
 	s.security.add(f)
 	s.policy.add(f)
 	return cmd
@@ -81,6 +83,8 @@ type server struct {
 	format, cacheSize        string
 	snapshot                 string
 	readOnly, forceShare     bool
+	imageOpts                bool
+	objects                  objectFlags
 	hideSnapshots            bool
 	maxConnections           int
 	handshake                time.Duration
@@ -161,8 +165,12 @@ func (s *server) config(args []string) (daemon.Config, error) {
 	if s.forceShare && !s.readOnly && s.snapshot == "" {
 		return c, usagef("--force-share needs --read-only")
 	}
+	secrets, err := s.objects.parse()
+	if err != nil {
+		return c, err
+	}
 	open := block.OpenOptions{
-		Format: s.format, ReadOnly: s.readOnly, ForceShare: s.forceShare, Policy: s.policy.policy(),
+		Secret: secrets.lookup, Format: s.format, ReadOnly: s.readOnly, ForceShare: s.forceShare, Policy: s.policy.policy(),
 		OnCorrupt: func(name string, err error) {
 			s.say("%s: Marking image as corrupt: %v; it is only read from now on", name, err)
 		},
@@ -178,6 +186,9 @@ func (s *server) config(args []string) (daemon.Config, error) {
 	}
 	if len(args) == 1 {
 		e := daemon.Export{Image: args[0], Open: open, HideSnapshots: s.hideSnapshots, Bitmaps: s.bitmaps}
+		if err := s.describe(&e, args[0], secrets); err != nil {
+			return c, err
+		}
 		if s.snapshot != "" {
 			ref, err := image.ParseSnapshotRef(s.snapshot)
 			if err != nil {
@@ -194,9 +205,11 @@ func (s *server) config(args []string) (daemon.Config, error) {
 		if !ok || file == "" {
 			return c, usagef("--export %s: expecting NAME=IMAGE", text)
 		}
-		c.Exports = append(c.Exports, daemon.Export{
-			Name: name, Image: file, Open: open, HideSnapshots: s.hideSnapshots, Bitmaps: s.bitmaps,
-		})
+		e := daemon.Export{Name: name, Image: file, Open: open, HideSnapshots: s.hideSnapshots, Bitmaps: s.bitmaps}
+		if err := s.describe(&e, file, secrets); err != nil {
+			return c, err
+		}
+		c.Exports = append(c.Exports, e)
 	}
 	if len(c.Exports) == 0 {
 		return c, usagef("Expecting an image file name or --export NAME=IMAGE")
@@ -208,6 +221,28 @@ func (s *server) config(args []string) (daemon.Config, error) {
 		c.Addresses = append(c.Addresses, daemon.Address{TCP: addr})
 	}
 	return c, nil
+}
+
+// describe takes an image that --image-opts has described by options.
+func (s *server) describe(e *daemon.Export, text string, known secrets) error {
+	if !s.imageOpts {
+		return nil
+	}
+	if s.format != "" {
+		return errorf("--image-opts and --format are mutually exclusive")
+	}
+	src := source{secrets: known}
+	if err := src.parseImageOpts(text); err != nil {
+		return err
+	}
+	e.Image, e.Open.Format = src.name, src.format
+	for name, value := range e.Open.Options {
+		if _, ok := src.options[name]; !ok {
+			src.options[name] = value
+		}
+	}
+	e.Open.Options = src.options
+	return nil
 }
 
 // orForever translates the zero of a flag, no bound, into that of nbd.Options, a negative number.

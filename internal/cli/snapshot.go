@@ -88,6 +88,7 @@ oldest is meant.`,
 			if err := src.set(args[0]); err != nil {
 				return err
 			}
+			src.noData = action.kind == snapshotList
 			return a.snapshot(cmd.Context(), &src, &action, output == "json")
 		},
 	}

@@ -363,7 +363,11 @@ func stockCheck(d *explore.Disk, f *storage.MemFile) error {
 			return err
 		}
 	}
-	if err := qemuCheck(path); err != nil {
+	check := qemuCheck
+	if d.Create.Encrypt != nil {
+		check = qemuCheckEncrypted
+	}
+	if err := check(path); err != nil {
 		return err
 	}
 	judged.Add(1)

@@ -6,17 +6,26 @@ import (
 	"os/exec"
 	"path/filepath"
 
+	"github.com/droverproject/drover/test/explore"
 	"github.com/droverproject/drover/test/peer"
 )
 
 // qemuCheck has stock qemu-img check an image, which may have leaks and no more.
-func qemuCheck(path string) error {
+func qemuCheck(path string) error { return qemuCheckAs(filepath.Dir(path), path) }
+
+// qemuCheckEncrypted is qemuCheck for an encrypted image.
+func qemuCheckEncrypted(path string) error {
+	return qemuCheckAs(filepath.Dir(path), "--object", "secret,id=s,data="+explore.Secret, "--image-opts", "driver=qcow2,encrypt.key-secret=s,file.filename="+path)
+}
+
+// qemuCheckAs is qemuCheck for an image that takes more arguments than its name. dir is where its data file is looked for.
+func qemuCheckAs(dir string, image ...string) error {
 	tool, err := peer.Look("qemu-img")
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command(tool, "check", path)
-	cmd.Dir = filepath.Dir(path) // where it looks for the external data file
+	cmd := exec.Command(tool, append([]string{"check"}, image...)...)
+	cmd.Dir = dir
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.ExitCode() == 3 {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/block/blocktest"
+	"github.com/droverproject/drover/luks"
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 	"github.com/droverproject/drover/test/harness"
@@ -131,6 +132,19 @@ type Start struct {
 	NoUnref bool
 }
 
+// Secret opens the disks that are encrypted.
+const Secret = "a secret of the explorers"
+
+// withLUKS encrypts with as little work and key material as there can be.
+func withLUKS() *qcow2.EncryptCreateOptions {
+	return &qcow2.EncryptCreateOptions{Format: qcow2.EncryptLUKS, Secret: []byte(Secret),
+		LUKS: luks.CreateOptions{KeyBits: 128, Mode: "cbc", Hash: "sha1", Cost: luks.Cost{Iterations: 1000}}}
+}
+
+func withAES() *qcow2.EncryptCreateOptions {
+	return &qcow2.EncryptCreateOptions{Format: qcow2.EncryptAES, Secret: []byte(Secret)}
+}
+
 // Disk is a Start made real.
 type Disk struct {
 	Start
@@ -160,6 +174,11 @@ func Starts() []Start {
 		{Name: "subclusters, compressed, snapshot", Create: qcow2.CreateOptions{ClusterSize: 16384, Size: 160 << 10, ExtendedL2: true},
 			QEMU: []string{"-c", "-o", "extended_l2=on"}, Snapshot: true},
 		{Name: "64k, backing", Create: qcow2.CreateOptions{Size: 1 << 20}, Backing: true},
+		{Name: "4k, LUKS", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 128 << 10, Encrypt: withLUKS()}},
+		{Name: "subclusters, AES, backing", Create: qcow2.CreateOptions{ClusterSize: 16384, Size: 160 << 10, ExtendedL2: true,
+			Encrypt: withAES()}, Backing: true},
+		{Name: "tiny clusters, AES, version 2", Create: qcow2.CreateOptions{ClusterSize: 512, Size: 64 << 10, Version: 2,
+			Preallocation: qcow2.PreallocMetadata, Encrypt: withAES()}},
 		{Name: "tiny clusters, data file", Create: qcow2.CreateOptions{ClusterSize: 512, Size: 96 << 10}, Data: true},
 		{Name: "4k, data file, backing", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192<<10 + 1536}, Data: true, Backing: true},
 		{Name: "4k, raw data file", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192<<10 + 1536, DataFileRaw: true}, Data: true},
@@ -273,6 +292,9 @@ func (d *Disk) Open(f storage.File, readOnly bool) (*qcow2.Image, error) {
 	if d.Data != nil {
 		o.DataFile = KeepOpen{d.Data}
 	}
+	if d.Create.Encrypt != nil {
+		o.Encrypt = &qcow2.EncryptOptions{Secret: []byte(Secret)}
+	}
 	return qcow2.Open(context.Background(), KeepOpen{f}, o)
 }
 
@@ -315,7 +337,7 @@ func (d *Disk) Draw(r *rand.Rand, v Version) Op {
 	n := 1 + r.Int64N(min(d.Sectors-first, 1+r.Int64N(3*d.Cluster+8)))
 	op := Op{First: first, N: n, Version: v}
 	switch k := r.IntN(24); {
-	case k < 3 && !d.Start.Data:
+	case k < 3 && !d.Start.Data && d.Create.Encrypt == nil:
 		op.Kind = Compressed
 		op.First = first / d.Cluster * d.Cluster
 		op.N = min((n+d.Cluster-1)/d.Cluster*d.Cluster, d.whole()-op.First)
