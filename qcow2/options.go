@@ -105,6 +105,9 @@ func (o *Options) runtime(byName map[string]string, hdr *format.Header) error {
 		if name == "overlap-check" || strings.HasPrefix(name, "overlap-check.") {
 			continue
 		}
+		if name == "encrypt.format" || name == "encrypt.key-secret" || strings.HasPrefix(name, "backing.") {
+			continue // encryptOptions and the image below take them
+		}
 		set := runtimeOptions[name]
 		if set == nil {
 			return fmt.Errorf("Block format 'qcow2' does not support the option '%s'", name) //nolint:staticcheck // QEMU's text
