@@ -217,7 +217,8 @@ func (im *Image) loadTable(m *dirtyBitmap) error {
 	case m.TableOffset > 1<<62 || int64(m.TableOffset) > size-n:
 		return bitmapErrorf("bitmap %.64q: its table at host offset %#x reaches past the end of the file", m.Name, m.TableOffset)
 	case im.bm.tables+n > min(size, maxBitmapTables):
-		return bitmapErrorf("bitmap %.64q: the tables of the bitmaps are longer than the file, or than %d bytes", m.Name, maxBitmapTables)
+		return bitmapErrorf("bitmap %.64q: the tables of the bitmaps are longer than the file, or than %d bytes", m.Name,
+			maxBitmapTables)
 	}
 	raw := make([]byte, n)
 	if err := storage.ReadFull(im.file, raw, int64(m.TableOffset)); err != nil {
@@ -383,7 +384,8 @@ func (im *Image) BitmapExtents(ctx context.Context, name string, off, n int64, f
 }
 
 // pieceExtents reports the runs of [off, next), a part of [off, end).
-func (im *Image) pieceExtents(m *dirtyBitmap, off, end int64, fn func(n int64, dirty bool) bool) (next int64, more bool, err error) {
+func (im *Image) pieceExtents(m *dirtyBitmap, off, end int64, fn func(n int64, dirty bool) bool) (
+	next int64, more bool, err error) {
 	cs := im.lay.ClusterSize()
 	first := off >> m.GranularityBits
 	at := first / 8 &^ 7 // byte of the serialised bitmap

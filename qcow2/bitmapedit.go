@@ -35,9 +35,12 @@ func (im *Image) changeBitmaps(ctx context.Context, fn func(*bitmapEdit) ([]form
 	if im.readOnly {
 		return block.ErrReadOnly
 	}
+	if err := im.meta.Corrupt(); err != nil {
+		return err
+	}
 	err := im.meta.Exclusive(ctx, func() error {
-		if im.broken != nil {
-			return im.broken
+		if err := im.mend(); err != nil {
+			return err
 		}
 		if err := im.saveBitmaps(); err != nil {
 			return err
@@ -47,7 +50,11 @@ func (im *Image) changeBitmaps(ctx context.Context, fn func(*bitmapEdit) ([]form
 		if err == nil && list != nil {
 			err = e.commit(list)
 		}
-		return e.undo.unless(err == nil, err)
+		err = e.undo.unless(err == nil, err)
+		if c := ownCorruption(err); c != nil {
+			im.meta.MarkCorruptGated(c)
+		}
+		return err
 	})
 	if errors.Is(err, meta.ErrClosed) {
 		return block.ErrClosed

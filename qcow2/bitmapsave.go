@@ -25,7 +25,7 @@ func (im *Image) SaveBitmaps(ctx context.Context) error {
 
 // closeBitmaps is SaveBitmaps for Close.
 func (im *Image) closeBitmaps() error {
-	if im.readOnly || !im.bm.inUse {
+	if im.readOnly || !im.bm.inUse || im.meta.Corrupt() != nil { // an image marked corrupt is left as it is
 		return nil
 	}
 	return im.meta.AtClose(func() error {
@@ -40,8 +40,8 @@ func (im *Image) closeBitmaps() error {
 // next call begins again.
 func (im *Image) saveBitmaps() error {
 	b := &im.bm
-	if !b.inUse {
-		return nil
+	if err := im.meta.Corrupt(); err != nil || !b.inUse {
+		return err
 	}
 	s := bitmapSave{im: im, buf: make([]byte, im.lay.ClusterSize())}
 	if err := s.bits(); err != nil {

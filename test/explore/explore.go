@@ -287,8 +287,8 @@ func (d *Disk) Initial(sector int64) Version {
 
 // Open opens the disk in a file that stays open when the image is closed.
 func (d *Disk) Open(f storage.File, readOnly bool) (*qcow2.Image, error) {
-	o := qcow2.Options{ReadOnly: readOnly, CacheSize: 1, ClusterCacheSize: 1, CacheCleanInterval: -1, Backing: d.Backing,
-		DiscardNoUnref: d.NoUnref}
+	o := qcow2.Options{ReadOnly: readOnly, CacheSize: 1, ClusterCacheSize: 1, CacheCleanInterval: -1, BitmapSaveInterval: -1,
+		Backing: d.Backing, DiscardNoUnref: d.NoUnref}
 	if d.Data != nil {
 		o.DataFile = KeepOpen{d.Data}
 	}

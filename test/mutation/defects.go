@@ -44,6 +44,11 @@ const (
 	snapTable  = "qcow2/internal/check/snapshots.go"
 	checkFacts = "qcow2/internal/check/check.go"
 	undoLog    = "qcow2/internal/check/undo.go"
+
+	bitmaps      = "qcow2/bitmap.go"
+	bitmapSave   = "qcow2/bitmapsave.go"
+	bitmapEdit   = "qcow2/bitmapedit.go"
+	bitmapMemory = "qcow2/internal/bitmap/bitmap.go"
 )
 
 // Defects are the mistakes that the suite must catch.
@@ -261,4 +266,39 @@ var Defects = []Defect{
 		"	if err := u.log.Sync(); err != nil {\n		return fmt.Errorf(\"making the undo log durable: %w\", err)\n	}\n	u.pending = 0\n", "	u.pending = 0\n"},
 	{"undo-any-image", "old metadata is put back into an image that was written to since", undoLog,
 		"	if err := r.verify(); err != nil {\n		return 0, err\n	}\n", ""},
+
+	// Dirty bitmaps.
+	{"bitmap-not-marked", "a write in place is not recorded in dirty bitmaps", writer,
+		"	im.mark(span{off, int64(len(p))})\n	err = im.overwrite(", "	err = im.overwrite("},
+	{"bitmap-not-armed-in-place", "a write in place does not wait until the disk says that bitmaps are in use", writer,
+		" || !im.bm.ready() {\n		return block.ErrWouldBlock", " {\n		return block.ErrWouldBlock"},
+	{"bitmap-armed-too-late", "a disk changes before it is durable that its bitmaps are in use", bitmaps,
+		"		if err := im.meta.Flush(ctx); err != nil {\n			return err\n		}\n		t, err := im.enter()", "		t, err := im.enter()"},
+	{"bitmap-in-use-trusted", "a bitmap that a crash left in use is believed", bitmaps,
+		"	if m.inUse() {\n		return nil, &BitmapInUseError{name}\n	}\n", ""},
+	{"bitmap-delta-unseen", "what a session has marked does not show until it is saved", bitmaps,
+		"		m.delta.OrInto(buf, at)\n", "		_ = m.delta\n"},
+	{"bitmap-bits-not-durable", "a bitmap's table names clusters whose bits and counts are not durable", bitmapSave,
+		"	return s.im.meta.SettleGated()\n", "	return nil\n"},
+	{"bitmap-flags-with-tables", "a bitmap counts as saved before its table is durable", bitmapSave,
+		"	if err := im.meta.SyncNow(); err != nil {\n		return err\n	}\n	for _, m := range b.enabled {\n		m.lo, m.hi = 0, 0",
+		"	for _, m := range b.enabled {\n		m.lo, m.hi = 0, 0"},
+	{"bitmap-stays-armed", "after bitmaps were saved the next change does not say again that they are in use", bitmapSave,
+		"	b.armed.Store(false)\n	b.saves++\n", "	b.saves++\n"},
+	{"bitmap-old-bits-lost", "saving a bitmap forgets what was marked before", bitmapSave,
+		"	if err := im.readBits(entry, s.buf, 0); err != nil {\n		return err\n	}\n", "	clear(s.buf)\n"},
+	{"bitmap-failed-save-leaks", "clusters of a bitmap that could not be saved leak", bitmapSave,
+		"		return s.undo.unless(false, err)\n", "		return err\n"},
+	{"bitmap-grows-dirty", "a part that a disk gains is marked without having been written", bitmapSave,
+		"	format.TrimBitmap(buf[:valid], size, granularityBits)\n	clear(buf[valid:])\n", "	_ = valid\n"},
+	{"bitmap-resized-in-silence", "bitmaps do not say that they are in use while the disk gets another size", bitmapSave,
+		"	if err := im.bitmapsInUse(true); err != nil {", "	if err := im.meta.SyncNow(); err != nil {"},
+	{"bitmap-directory-not-durable", "the header names a bitmap directory that is not durable", bitmapEdit,
+		"	if err := im.meta.SettleGated(); err != nil {\n		return err\n	}\n	err := im.changeHeader(", "	err := im.changeHeader("},
+	{"bitmap-old-kept", "what a changed bitmap no longer needs is never freed", bitmapEdit,
+		"		im.meta.Refs.Retire(meta.Retired{ClusterRun: r, Cause: meta.CauseOther})\n", "		_ = r\n"},
+	{"bitmap-failed-change-leaks", "clusters of a change of bitmaps that failed leak", bitmapEdit,
+		"		err = e.undo.unless(err == nil, err)\n", ""},
+	{"bitmap-mark-short", "the last granule of a range is not marked", bitmapMemory,
+		"	b.markBits(first, last+1)\n", "	b.markBits(first, last)\n"},
 }

@@ -156,6 +156,8 @@ func (c *client) step() error {
 		return c.note(q, func(*request) error { return c.im.Discard(ctx, off, length) })
 	case k < 96:
 		return c.note(request{name: "flush", act: actUnknown}, func(*request) error { return c.im.Flush(ctx) })
+	case k < 97 && c.bitmap:
+		return c.note(request{name: "bitmap", act: actUnknown}, func(*request) error { return c.useBitmap(ctx, off, length) })
 	case k < 98:
 		return c.note(request{name: "extents", act: actUnknown}, func(*request) error { return c.extents(off, length) })
 	case k < 99:
@@ -280,6 +282,9 @@ func explore(t *testing.T, s scenario, g gallery) {
 	var err error
 	e.im, err = qcow2.Open(t.Context(), e.file, o)
 	must(t, err)
+	if s.bitmap {
+		must(t, e.im.AddBitmap(t.Context(), bitmapName, qcow2.BitmapOptions{Granularity: sectorSize}))
+	}
 
 	failure := e.runClients()
 	if err := e.im.Close(); err != nil && (!s.close || !errors.Is(err, block.ErrClosed)) {
@@ -293,6 +298,9 @@ func explore(t *testing.T, s scenario, g gallery) {
 	}
 	e.readBack(backing)
 	e.judge()
+	if s.bitmap {
+		e.judgeBitmap(backing)
+	}
 	mustBeClean(t, e.base)
 	if s.seed%4 == 0 || s.origin == fromSnapshot {
 		e.askQEMU()

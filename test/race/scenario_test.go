@@ -44,11 +44,13 @@ type scenario struct {
 	close       bool
 	onDisk      bool // the image is a file of the host
 	sweep       bool // the cache is swept all the time
+	bitmap      bool // a dirty bitmap records what is written
 }
 
 func (s scenario) String() string {
-	return fmt.Sprintf("seed=%d cluster=%d refcount=%d v%d zstd=%v %v pace=%v clients=%d steps=%d close=%v disk=%v sweep=%v", s.seed,
-		s.clusterSize, s.refBits, s.version, s.zstd, s.origin, s.pace, s.clients, s.steps, s.close, s.onDisk, s.sweep)
+	return fmt.Sprintf("seed=%d cluster=%d refcount=%d v%d zstd=%v %v pace=%v clients=%d steps=%d close=%v disk=%v sweep=%v bitmap=%v", s.seed,
+		s.clusterSize, s.refBits, s.version, s.zstd, s.origin, s.pace, s.clients, s.steps, s.close, s.onDisk, s.sweep,
+		s.bitmap)
 }
 
 func pick[T any](r *rand.Rand, of ...T) T { return of[r.IntN(len(of))] }
@@ -73,6 +75,7 @@ func draw(seed uint64) scenario {
 	s.close = r.IntN(4) == 0
 	s.onDisk = r.IntN(10) == 0
 	s.sweep = r.IntN(4) == 0
+	s.bitmap = s.version == 3 && r.IntN(3) == 0
 	return s
 }
 

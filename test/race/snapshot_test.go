@@ -205,7 +205,7 @@ func TestExploreSnapshots(t *testing.T) {
 		}
 		s := draw(seed)
 		s.refBits = max(s.refBits, 16) // counts must not run out, also where many compressed clusters share one
-		s.onDisk, s.sweep = false, false
+		s.onDisk, s.sweep, s.bitmap = false, false, false
 		s.steps = s.steps * 2 / 3
 		t.Run(fmt.Sprint("seed=", seed), func(t *testing.T) { exploreSnapshots(t, s, g) })
 	})
