@@ -85,10 +85,10 @@ func Compare(ctx context.Context, a, b block.Device, o CompareOptions) (Comparis
 	}
 	c := comparer{o: o, devs: [2]block.Device{a, b}, both: min(a.Size(), b.Size()), total: max(a.Size(), b.Size())}
 	c.cursors = [2]*cursor{newCursor(a), newCursor(b)}
-	err := inOrder(ctx, c.produceBoth, c.work, c.done)
+	err := inOrder(ctx, workers(), c.produceBoth, c.work, c.done)
 	if err == nil && c.both < c.total {
 		r.Longer = true
-		err = inOrder(ctx, c.produceRest, c.work, c.done)
+		err = inOrder(ctx, workers(), c.produceRest, c.work, c.done)
 	}
 	if d, ok := err.(*difference); ok {
 		r.Verdict, r.Off = d.verdict, d.off
@@ -105,10 +105,11 @@ type comparer struct {
 }
 
 // done reports progress.
-func (c *comparer) done(p *piece) {
+func (c *comparer) done(p *piece) error {
 	if c.o.Progress != nil {
 		c.o.Progress(p.off+p.n, c.total)
 	}
+	return nil
 }
 
 // produceBoth walks what both disks have.

@@ -57,21 +57,22 @@ func (c *cursor) next(ctx context.Context, off int64) (block.Extent, error) {
 type piece struct {
 	off, n int64
 	kind   uint8
+	src    int     // whose it is, where there are several disks in a row
+	buf    *[]byte // what was read
 	err    error
 	ready  chan struct{}
 }
 
-// inOrder has several goroutines work on the pieces that produce emits, and looks at the outcomes in the order of the pieces:
-// it returns the first error in that order, be it that of a piece or of produce, and ends the rest. done is called for each
-// piece that succeeded, in order.
-func inOrder(ctx context.Context, produce func(emit func(*piece) bool) error, work func(context.Context, *piece) error,
-	done func(*piece)) error {
+// inOrder has n goroutines work on the pieces that produce emits, and looks at the outcomes in the order of the pieces: it
+// returns the first error in that order, be it that of a piece or of produce, and ends the rest. done is called for each
+// piece that succeeded, in order, by one goroutine.
+func inOrder(ctx context.Context, n int, produce func(emit func(*piece) bool) error, work func(context.Context, *piece) error,
+	done func(*piece) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer cancel()
-	n := workers()
-	todo, order := make(chan *piece), make(chan *piece, 2*n)
+	todo, order := make(chan *piece), make(chan *piece, n)
 	var produced error
 	wg.Go(func() {
 		defer close(order)
@@ -106,7 +107,9 @@ func inOrder(ctx context.Context, produce func(emit func(*piece) bool) error, wo
 		if p.err != nil {
 			return p.err
 		}
-		done(p)
+		if err := done(p); err != nil {
+			return err
+		}
 	}
 	if produced == nil {
 		return ctx.Err()
