@@ -407,6 +407,9 @@ func (im *Image) clearUnknownAutoclear() error {
 // Size returns the length of the disk in bytes.
 func (im *Image) Size() int64 { return im.size.Load() }
 
+// ClusterSize returns the unit in bytes in which the image maps the disk.
+func (im *Image) ClusterSize() int64 { return im.lay.ClusterSize() }
+
 // Info tells what the device can do.
 func (im *Image) Info() block.Info { return *im.info.Load() }
 

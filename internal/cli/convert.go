@@ -1,0 +1,376 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"sync"
+
+	"github.com/spf13/cobra"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/image"
+	"github.com/droverproject/drover/qcow2"
+)
+
+func (a *app) convertCommand() *cobra.Command {
+	var c conversion
+	cmd := &cobra.Command{
+		Use:   "convert [flags] FILE... TARGET",
+		Short: "Copy a disk to another image, format or layout",
+		Long: `Copy the disk in FILE to a new image TARGET; of several FILEs, one after
+another. Ranges that read as zeroes take no space in the target.
+
+When convert has ended with exit code 0, the target is on the disk: a crash
+of the host does not harm it any more. 'drover create -f FMT -o help' lists the
+options of a target.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c.app = a
+			c.sparseGiven = cmd.Flags().Changed("sparse-size")
+			c.backingGiven = cmd.Flags().Changed("backing")
+			return c.run(cmd.Context(), args)
+		},
+	}
+	c.src.add(cmd)
+	f := cmd.Flags()
+	f.StringVarP(&c.format, "target-format", "O", "raw", "`format` of the target: raw or qcow2")
+	f.StringArrayVarP(&c.options, "options", "o", nil, "`options` of the target's format: NAME=VALUE,...")
+	f.BoolVarP(&c.compress, "compress", "c", false, "compress the target")
+	f.StringVarP(&c.snapshot, "load-snapshot", "l", "", "copy `SNAPSHOT` instead of the disk, by ID or name")
+	f.StringVarP(&c.backing, "backing", "B", "", "`FILE` that holds what the target does not: what stands below the source")
+	f.StringVarP(&c.backingFormat, "backing-format", "F", "", "`format` of the backing file")
+	f.BoolVarP(&c.noCreate, "no-create", "n", false, "write to a target that exists, and keep what it is")
+	f.BoolVar(&c.targetZero, "target-is-zero", false, "the target reads as zeroes (needs -n)")
+	f.StringVarP(&c.sparse, "sparse-size", "S", "4k", "leave out zeroes in units of `SIZE`; 0 writes every byte out")
+	f.BoolVar(&c.salvage, "salvage", false, "take what cannot be read for zeroes")
+	f.StringVarP(&c.rate, "rate-limit", "r", "", "write at most `RATE` bytes a second")
+	f.StringVarP(&c.workers, "parallel", "m", "8", "`number` of reads at a time, 1 to 16")
+	f.BoolVarP(&c.outOfOrder, "out-of-order", "W", false, "write in the order in which reads end")
+	f.BoolVarP(&c.offload, "copy-offload", "C", false, "leave copying to the host where it can (accepted, without effect)")
+	cacheFlag(f, &c.cache)
+	f.StringVarP(&c.sourceCache, "source-cache", "T", "", "cache `mode` of qemu-img for the source (accepted, without effect)")
+	f.BoolVarP(&c.progress, "progress", "p", false, "show progress")
+	f.BoolVarP(&c.quiet, "quiet", "q", false, "print nothing but errors")
+	c.src.policy.add(f)
+	return cmd
+}
+
+// conversion is one run of convert.
+type conversion struct {
+	*app
+	src                              source
+	format                           string
+	options                          []string
+	compress, noCreate, targetZero   bool
+	snapshot, backing, backingFormat string
+	sparse, rate, workers            string
+	sparseGiven, backingGiven        bool
+	salvage, outOfOrder, offload     bool
+	cache, sourceCache               string
+	progress, quiet                  bool
+	target                           string
+	creator                          creator
+	known                            []createOption
+	sources                          []block.Device
+	opened                           []block.Device
+	copying                          image.ConvertOptions
+}
+
+func (c *conversion) run(ctx context.Context, args []string) (err error) {
+	c.creator = creator{app: c.app, format: c.format, optionTexts: c.options, backing: c.backing, backingFormat: c.backingFormat,
+		backingGiven: c.backingGiven, quiet: true}
+	var known bool
+	c.known, known = map[string][]createOption{"raw": rawOptions, "qcow2": qcow2Options}[c.format]
+	if err := c.check(args); err != nil {
+		return err
+	}
+	if c.creator.wantsHelp() && known {
+		c.creator.printOptions(c.known)
+		return nil
+	}
+	if len(args) < 2 {
+		return errorf("Must specify image file name")
+	}
+	c.target = args[len(args)-1]
+	defer func() { err = errors.Join(err, c.closeSources()) }()
+	if err := c.openSources(ctx, args[:len(args)-1]); err != nil {
+		return err
+	}
+	if !known {
+		return errorf("Unknown file format '%s'", c.format)
+	}
+	return c.convert(ctx)
+}
+
+// check refuses flags that do not go together.
+func (c *conversion) check(args []string) error {
+	n, err := parseSize("buffer size for sparse output", c.sparse)
+	if err != nil {
+		return err
+	}
+	if n%512 != 0 || n > image.MaxSparse {
+		return errorf("Invalid buffer size for sparse output specified. Valid sizes are multiples of 512 up to %d. "+
+			"Select 0 to disable sparse detection (fully allocates output).", image.MaxSparse)
+	}
+	c.copying.Sparse = n
+	if c.copying.Workers, err = strconv.Atoi(c.workers); err != nil || c.copying.Workers < 1 || c.copying.Workers > 16 {
+		return errorf("Invalid number of coroutines. Allowed number of coroutines is between 1 and 16")
+	}
+	if c.rate != "" {
+		if c.copying.Rate, err = parseSize("rate limit", c.rate); err != nil {
+			return err
+		}
+	}
+	switch {
+	case c.offload && c.compress:
+		return errorf("Cannot enable copy offloading when -c is used")
+	case c.offload && c.sparseGiven:
+		return errorf("Cannot enable copy offloading when -S is used")
+	case c.offload && c.salvage:
+		return errorf("Cannot use copy offloading in salvaging mode")
+	case c.noCreate && len(c.options) > 0:
+		return errorf("-o has no effect when skipping image creation")
+	case c.targetZero && !c.noCreate:
+		return errorf("--target-is-zero requires use of -n flag")
+	case len(args) > 2 && c.snapshot != "":
+		return errorf("No support for concatenating multiple snapshot")
+	}
+	if checkCache(c.cache) != nil {
+		return errorf("Invalid cache option: %s", c.cache)
+	}
+	if checkCache(c.sourceCache) != nil {
+		return errorf("Invalid source cache option: %s", c.sourceCache)
+	}
+	return nil
+}
+
+func (c *conversion) openSources(ctx context.Context, names []string) error {
+	for _, name := range names {
+		src := c.src
+		if err := src.set(name); err != nil {
+			return err
+		}
+		dev, err := c.openDevice(ctx, &src, true)
+		if err != nil {
+			return err
+		}
+		c.opened = append(c.opened, dev)
+		if c.snapshot != "" {
+			if dev, err = openSnapshot(ctx, dev, c.snapshot); err != nil {
+				return err
+			}
+			c.opened = append(c.opened, dev)
+		}
+		c.sources = append(c.sources, dev)
+	}
+	return nil
+}
+
+func openSnapshot(ctx context.Context, dev block.Device, name string) (block.Device, error) {
+	ref, err := image.ParseSnapshotRef(name)
+	if err != nil {
+		return nil, errorf("Failed in parsing snapshot param '%s'", name)
+	}
+	view, err := image.OpenSnapshot(ctx, dev, ref)
+	switch {
+	case errors.Is(err, qcow2.ErrNoSnapshot):
+		return nil, errorf("Failed to load snapshot: Can't find snapshot")
+	case errors.Is(err, image.ErrNoSnapshots):
+		return nil, errorf("Failed to load snapshot: Device '%s' does not support internal snapshots", "")
+	case err != nil:
+		return nil, errorf("Failed to load snapshot: %w", err)
+	}
+	return view, nil
+}
+
+// closeSources closes snapshots before the images that they are in.
+func (c *conversion) closeSources() error {
+	var errs []error
+	for _, dev := range slices.Backward(c.opened) {
+		errs = append(errs, dev.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (c *conversion) convert(ctx context.Context) (err error) {
+	var total int64
+	for _, s := range c.sources {
+		total += s.Size()
+	}
+	if err := c.prepare(total); err != nil {
+		return err
+	}
+	target, err := c.openTarget(ctx)
+	if err != nil {
+		return err
+	}
+	closed := false
+	defer func() {
+		if !closed {
+			err = errors.Join(err, target.Close())
+		}
+	}()
+	if err := c.fit(target, total); err != nil {
+		return err
+	}
+	p := newProgress(c.out, c.progress && !c.quiet)
+	c.copying.Progress = p.set
+	c.copying.Compress, c.copying.OutOfOrder = c.compress, c.outOfOrder
+	c.warnOfLosses()
+	if err := image.Convert(ctx, target, c.sources, c.copying); err != nil {
+		p.newline()
+		return convertError(err)
+	}
+	closed = true
+	if err := errors.Join(target.Close(), syncFolder(c.target)); err != nil {
+		p.newline()
+		return err
+	}
+	p.end()
+	return nil
+}
+
+// prepare makes the target, unless it is there.
+func (c *conversion) prepare(total int64) error {
+	cr := &c.creator
+	cr.file = c.target
+	if c.noCreate {
+		if c.backing != "" && c.format != "qcow2" {
+			return errorf("Backing file not supported for file format '%s'", c.format)
+		}
+		return c.checkBacking()
+	}
+	for _, text := range c.options {
+		if slices.Contains(splitOptions(text), "") {
+			return errorf("Invalid option list: %s", text)
+		}
+	}
+	if err := cr.parseOptions(c.known); err != nil {
+		return err
+	}
+	if c.compress {
+		if c.format != "qcow2" {
+			return errorf("Compression not supported for this file format")
+		}
+		if p := cr.options["preallocation"]; p != "" && p != "off" {
+			return errorf("Compression and preallocation not supported at the same time")
+		}
+	}
+	if c.backingFormat != "" && c.backing == "" && cr.options["backing_file"] == "" {
+		return errorf("%s: error while converting %s: Backing format cannot be used without backing file", c.target, c.format)
+	}
+	if err := cr.backingOptions(); err != nil {
+		return err
+	}
+	c.backing, c.backingFormat = cr.backing, cr.backingFormat
+	if err := c.checkBacking(); err != nil {
+		return err
+	}
+	cr.options["size"] = strconv.FormatInt(total, 10)
+	cr.size, cr.hasSize = total, true
+	if err := cr.create(context.Background()); err != nil {
+		return errorf("%s: error while converting %s: %s", c.target, c.format, createReason(c.target, err))
+	}
+	return nil
+}
+
+func (c *conversion) checkBacking() error {
+	switch {
+	case c.backing == "":
+		return nil
+	case len(c.sources) > 1:
+		return errorf("Having a backing file for the target makes no sense when concatenating multiple input images")
+	case c.backingFormat == "":
+		return errorf("Use of backing file requires explicit backing format")
+	}
+	return nil
+}
+
+// openTarget opens the target for writing. What stands below it is what the user said, whatever the policy.
+func (c *conversion) openTarget(ctx context.Context) (block.Device, error) {
+	target := source{format: c.format, name: c.target, policy: c.src.policy}
+	o := target.openOptions()
+	o.ReadOnly = false
+	if c.backing != "" {
+		o.Backing = &block.Backing{Name: block.ResolveName(c.target, c.backing), Format: c.backingFormat}
+	}
+	dev, err := block.Open(ctx, c.target, o)
+	if err != nil {
+		return nil, openError(c.target, err)
+	}
+	return dev, nil
+}
+
+// fit finds out how the target is to be written.
+func (c *conversion) fit(target block.Device, total int64) error {
+	if target.Size() < total {
+		return errorf("output file is smaller than input file")
+	}
+	im, _ := target.(*qcow2.Image)
+	if c.compress && im == nil {
+		return errorf("Compression not supported for this file format")
+	}
+	var below block.Device
+	if im != nil {
+		below = im.Backing()
+		c.copying.ClusterSize = im.ClusterSize()
+	}
+	c.copying.Zero = (!c.noCreate || c.targetZero) && below == nil
+	if c.targetZero && below != nil {
+		return errorf("Cannot use --target-is-zero when the destination image has a backing file")
+	}
+	if c.backing != "" && below != nil {
+		c.copying.Backed, c.copying.BackingSize = true, below.Size()
+	}
+	return nil
+}
+
+// warnOfLosses has what cannot be read be reported.
+func (c *conversion) warnOfLosses() {
+	if !c.salvage {
+		return
+	}
+	var mu sync.Mutex
+	c.copying.Salvage = func(off int64, err error) {
+		if c.quiet {
+			return
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		c.say("warning: error while reading offset %d: %s", off, readReason(err))
+	}
+}
+
+func convertError(err error) error {
+	var status *image.StatusError
+	var read *image.ReadError
+	var write *image.WriteError
+	switch {
+	case errors.As(err, &status):
+		return errorf("error while reading block status: %s", readReason(status.Err))
+	case errors.As(err, &read):
+		return errorf("error while reading at byte %d: %s", read.Off, readReason(read.Err))
+	case errors.As(err, &write):
+		return errorf("error while writing at byte %d: %s", write.Off, readReason(write.Err))
+	}
+	return err
+}
+
+// syncFolder makes the name of a new file durable.
+func syncFolder(name string) error {
+	path, err := block.PlainName(name)
+	if err != nil {
+		return err
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return fmt.Errorf("making the name of %q durable: %w", name, err)
+	}
+	// Some file systems cannot sync a folder, and then need no such thing.
+	_ = dir.Sync()
+	return dir.Close()
+}
