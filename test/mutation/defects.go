@@ -34,6 +34,13 @@ const (
 	hostio    = "qcow2/hostio.go"
 	reader    = "qcow2/read.go"
 	zero      = "qcow2/zero.go"
+	rewrite   = "qcow2/internal/format/rewrite.go"
+	expand    = "qcow2/internal/meta/expand.go"
+	rewidth   = "qcow2/internal/meta/rewidth.go"
+	row       = "qcow2/internal/meta/row.go"
+	resize    = "qcow2/resize.go"
+	amend     = "qcow2/amend.go"
+	header    = "qcow2/header.go"
 	layout    = "qcow2/internal/format/layout.go"
 	entries   = "qcow2/internal/format/entries.go"
 
@@ -301,4 +308,43 @@ var Defects = []Defect{
 		"		err = e.undo.unless(err == nil, err)\n", ""},
 	{"bitmap-mark-short", "the last granule of a range is not marked", bitmapMemory,
 		"	b.markBits(first, last+1)\n", "	b.markBits(first, last)\n"},
+
+	// Headers, resizing, amending.
+	{"header-in-place", "extensions are overwritten while the header on the disk still needs them", rewrite,
+		"		if p.cur[i] != p.want[i] && p.used.has(i) {\n", "		if p.cur[i] != p.want[i] && p.used.has(i) && i < 0 {\n"},
+	{"header-sector-first", "sector 0 is switched before what it leads to is durable", rewrite,
+		"		plan.add(SectorSize, p.want[SectorSize:p.end])\n		plan.add(0, p.want[:SectorSize])\n	default:",
+		"		plan.add(0, p.want[:SectorSize])\n		plan.add(SectorSize, p.want[SectorSize:p.end])\n	default:"},
+	{"header-detour-on-old", "the copy of the new extensions lies on the old ones", rewrite,
+		"roundUp8(int64(max(p.used.end(), p.end) - start))", "roundUp8(int64(p.end - start))"},
+	{"header-garbage-names", "what is left of an interrupted change is kept as names of features", header,
+		"	if !slices.ContainsFunc(h.FeatureNames, nameless) {", "	if true || !slices.ContainsFunc(h.FeatureNames, nameless) {"},
+	{"grow-size-first", "a disk has its new size before its new part reads as zeroes", resize,
+		"	err := im.fillNew(ctx, old, size, mode)\n	if err == nil {\n", "	err := im.switchSize(size)\n	if err == nil {\n		err = im.fillNew(ctx, old, size, mode)\n	}\n	if err == nil {\n"},
+	{"grow-shows-backing", "a longer backing file shows through the part that was added", resize,
+		"	case im.backing == nil || im.backing.Size() <= first:\n", "	case true:\n"},
+	{"grow-shows-rest", "what lay behind the end of the disk shows in the part that was added", resize,
+		"	if err := im.zeroRest(ctx, span{old, first - old}, true); err != nil {", "	if err := im.zeroRest(ctx, span{old, 0}, true); err != nil {"},
+	{"shrink-first", "data is cut off a disk that still has its old size", resize,
+		"	if err := im.switchSize(size); err != nil {\n		return err\n	}\n	return halfDone(im.cutOff(context.WithoutCancel(ctx), old, size))\n",
+		"	if err := im.cutOff(context.WithoutCancel(ctx), old, size); err != nil {\n		return halfDone(err)\n	}\n	return im.switchSize(size)\n"},
+	{"shrink-frees-linked", "tables are freed that the L1 table on the disk still names", resize,
+		"	zeroes := make([]byte, (last-first)*8)\n", "	zeroes := make([]byte, 0)\n"},
+	{"row-in-two-pieces", "a long table is given clusters that are somebody else's", row,
+		"	if err != nil || run.N == n {\n		return run, err\n	}\n", "	if err != nil || run.N <= n {\n		return ClusterRun{run.First, n}, err\n	}\n"},
+	{"width-forgets-itself", "new refcounts do not count the clusters they lie in", rewidth,
+		"			return errors.Join(refs.Release(ClusterRun{w.row.End(), surplus}), w.s.SettleGated())\n",
+		"			return errors.Join(refs.Release(row), w.s.SettleGated())\n"},
+	{"width-not-durable", "the header names refcounts that are not durable", rewidth,
+		"	if err := w.s.SyncNow(); err != nil {\n		return giveBack(err)\n	}\n", ""},
+	{"width-too-narrow", "a count is cut to fit a narrower width", rewidth,
+		"		if v > most {\n", "		if v > most && v < 2 {\n"},
+	{"expand-for-one", "a table that a snapshot shares gets clusters that only the disk is counted for", expand,
+		"	for i := 1; i < owners; i++ {\n		if _, err := s.Refs.Raise(run); err != nil {", "	for i := 1; i < owners-1; i++ {\n		if _, err := s.Refs.Raise(run); err != nil {"},
+	{"expand-over-snapshot", "zeroes are written over what a snapshot keeps, as stock QEMU does", expand,
+		"host != 0 && e.Copied() && owners == 1 {", "host != 0 {"},
+	{"downgrade-not-reloaded", "the dirty bit is cleared in a header that has no room for it", amend,
+		"	err := a.im.changeHeader(fn)\n	if loadErr", "	err := a.im.changeHeader(fn)\n	if err != nil {\n		return err\n	}\n	if loadErr"},
+	{"downgrade-keeps-copied", "flags of the disk are wrong after a downgrade dropped what a snapshot shared", amend,
+		"	if err := im.fixActive(ctx); err != nil {\n		return halfDone(err)\n	}\n", ""},
 }
