@@ -16,6 +16,7 @@ type Image struct {
 	ClusterBits  uint
 	RefcountBits uint64
 	Extended     bool
+	DataFile     bool // L2 entries are no references to clusters of the image
 }
 
 // Entry flags.
@@ -33,7 +34,7 @@ func Parse(b []byte) (*Image, error) {
 	x := &Image{B: b, Version: binary.BigEndian.Uint32(b[4:]), ClusterBits: uint(binary.BigEndian.Uint32(b[20:])), RefcountBits: 16}
 	if x.Version >= 3 {
 		x.RefcountBits = 1 << binary.BigEndian.Uint32(b[96:])
-		x.Extended = b[79]&16 != 0
+		x.Extended, x.DataFile = b[79]&16 != 0, b[79]&4 != 0
 	}
 	return x, nil
 }
@@ -130,6 +131,8 @@ type Kind struct {
 	Stays bool
 	// Shares: a cluster has two references then, which a refcount of one bit cannot count.
 	Shares bool
+	// Maps: the damage is to where a guest cluster lies.
+	Maps bool
 	// Version3 and Extended: the damage needs such an image.
 	Version3, Extended bool
 }
@@ -139,7 +142,8 @@ func (k Kind) String() string { return k.Name }
 
 // Fits reports whether the damage can be done to an image, and be repaired if it ever can.
 func (k Kind) Fits(x *Image) bool {
-	return (!k.Version3 || x.Version >= 3) && (!k.Extended || x.Extended) && (!k.Shares || x.RefcountBits > 1)
+	return (!k.Version3 || x.Version >= 3) && (!k.Extended || x.Extended) && (!k.Shares || x.RefcountBits > 1) &&
+		(!x.DataFile || !k.Loses && !k.Maps)
 }
 
 // Kinds are damages of an image whose guest clusters 0, 1 and 2 have data and are no snapshot's, whose guest cluster 3
@@ -179,7 +183,7 @@ func Kinds() []Kind {
 		{Name: "refcount block with reserved bits", Do: func(x *Image) { x.Flip(x.RefTable(0), 6) }},
 		{Name: "refcount block behind the end", Do: func(x *Image) { x.Set(x.RefTable(0), x.End()+40*x.Cluster()) }},
 		{Name: "refcount block is the L1 table", Do: func(x *Image) { x.Set(x.RefTable(0), x.Word(40)) }},
-		{Name: "refcount block is data", Do: func(x *Image) { x.Set(x.RefTable(0), x.Data(g0(x))) }},
+		{Name: "refcount block is data", Maps: true, Do: func(x *Image) { x.Set(x.RefTable(0), x.Data(g0(x))) }},
 		{Name: "refcount block is the header", Do: func(x *Image) { x.Set(x.RefTable(0), 0x200) }},
 		{Name: "refcount table of noise", Do: func(x *Image) {
 			for i := range uint64(8) {
@@ -201,12 +205,12 @@ func Kinds() []Kind {
 		{Name: "L1 entry behind the end", Do: func(x *Image) { x.Set(x.L1(0), Copied|1<<50) }, Loses: true, Stays: true},
 		{Name: "L2 entry without COPIED", Do: func(x *Image) { x.Flip(x.L2(g1(x)), Copied) }},
 		{Name: "L2 entry with reserved bits", Do: func(x *Image) { x.Flip(x.L2(g1(x)), 1<<60|4) }},
-		{Name: "L2 entry unaligned", Do: func(x *Image) {
+		{Name: "L2 entry unaligned", Maps: true, Do: func(x *Image) {
 			if x.Cluster() > 512 {
 				x.Flip(x.L2(g1(x)), 0x200)
 			}
 		}},
-		{Name: "preallocated zero cluster unaligned", Version3: true, Do: func(x *Image) {
+		{Name: "preallocated zero cluster unaligned", Maps: true, Version3: true, Do: func(x *Image) {
 			if x.Cluster() > 512 && x.Data(g3(x)) != 0 {
 				x.Flip(x.L2(g3(x)), 0x200)
 			}
@@ -228,7 +232,7 @@ func Kinds() []Kind {
 			x.Flip(72, 1)
 			clear(x.B[x.Block(0):][:x.Cluster()])
 		}},
-		{Name: "corrupt, a leak and a lost block", Version3: true, Do: func(x *Image) {
+		{Name: "corrupt, a leak and a lost block", Maps: true, Version3: true, Do: func(x *Image) {
 			x.Flip(72, 2)
 			x.SetRefcount(x.Data(g2(x)), x.most(2))
 			x.Flip(x.L2(g0(x)), Copied)
