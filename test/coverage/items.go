@@ -37,6 +37,7 @@ const (
 	snapshots      = "internal/cli TestSnapshotLikeQEMU; test/interop TestSnapshotsStayIntact"
 	snapshotBytes  = "qcow2/internal/format TestSnapshotRoundTrip; qcow2/internal/format TestParseSnapshotsQEMUMakes"
 	stress         = "qcow2 TestConcurrentOwners; test/race TestExplore"
+	everything     = "test/model TestEverything"
 	info           = "internal/cli TestInfoLikeQEMU"
 )
 
@@ -45,13 +46,13 @@ var groups = []group{
 		{"BDRV_SECTOR_BITS, _SIZE", "sectors of 512 bytes; sizes are rounded to them", fm + "SectorSize " + fm + "Header.DiskSize", "test/coverage TestSizesAreWholeSectors"},
 		{"QCOW2_MAGIC", "`QFI\\xfb`, by which the format is known", fm + "Magic qcow2.Probe", damagedHeaders + "; " + headerBytes},
 		{"QCOW2_CRYPT_NONE", "no encryption", fm + "CryptNone", damagedHeaders + "; " + bothWays},
-		{"QCOW2_CRYPT_AES", "legacy AES-CBC", fm + "CryptAES luks.NewLegacyAES", "luks TestLegacyAES"},
-		{"QCOW2_MAX_CRYPT_CLUSTERS", "bound of the memory of encrypted requests", "luks.SectorCipher", "luks TestXTSAllocatesNothing"},
+		{"QCOW2_CRYPT_AES", "legacy AES-CBC", fm + "CryptAES luks.NewLegacyAES", "luks TestLegacyAES; qcow2 TestEncryptedImagesOfQEMU"},
+		{"QCOW2_MAX_CRYPT_CLUSTERS", "bound of the memory of encrypted requests", "luks.SectorCipher", "luks TestXTSAllocatesNothing; qcow2 TestEncryptedModel"},
 		{"QCOW2_MAX_SNAPSHOTS", "65536 snapshots", fm + "MaxSnapshots " + fm + "Header.ValidateSnapshotPointer", damagedHeaders + "; " + fmTests + "TestSnapshotLimits"},
 		{"QCOW2_MAX_REFTABLE_SIZE", "8 MiB of refcount table", fm + "MaxRefTableBytes " + fm + "Layout.MaxRefTableClusters", damagedHeaders + "; qcow2/internal/meta TestAllocatorStopsAtTheLimit"},
 		{"QCOW2_MAX_L1_SIZE", "32 MiB of L1 table", fm + "MaxL1Bytes " + fm + "MaxL1Entries", damagedHeaders + "; test/coverage TestTooBig"},
 		{"QCOW2_MAX_SNAPSHOTS_SIZE", "64 MiB of snapshot table", fm + "MaxSnapshotTable", fmTests + "TestSnapshotLimits"},
-		{"QCOW2_OFLAG_COPIED", "the refcount is exactly 1", fm + "L2Entry.Copied " + fm + "L1Entry.Copied", model + "; " + damagedTables},
+		{"QCOW2_OFLAG_COPIED", "the refcount is exactly 1", fm + "L2Entry.Copied " + fm + "L1Entry.Copied", model + "; " + everything + "; " + damagedTables},
 		{"QCOW2_OFLAG_COMPRESSED", "a compressed cluster", fm + "L2Entry.Compressed " + fm + "Layout.MakeCompressed", everyCluster + "; test/interop TestCompressedImages"},
 		{"QCOW2_OFLAG_ZERO", "reads as zeroes; version 3 only", fm + "L2Zero " + fm + "MakeL2ZeroAlloc", fmTests + "TestKind; " + damagedTables},
 		{"MIN_CLUSTER_BITS", "512 bytes", fm + "MinClusterBits", everyCluster + "; " + damagedHeaders},
@@ -93,7 +94,7 @@ var groups = []group{
 		{"backing_file_size", "", fm + "OffBackingSize " + fm + "MaxBackingName", damagedHeaders + "; qcow2 TestChangeBackingNoRoom"},
 		{"cluster_bits", "", fm + "OffClusterBits " + fm + "Header.ClusterBits", damagedHeaders + "; " + everyCluster},
 		{"size", "", fm + "OffSize " + fm + "Header.Size", damagedHeaders + "; qcow2 TestResize"},
-		{"crypt_method", "", fm + "OffCryptMethod " + fm + "Header.CryptMethod", damagedHeaders},
+		{"crypt_method", "", fm + "OffCryptMethod " + fm + "Header.CryptMethod", damagedHeaders + "; qcow2 TestEncryptedImagesOfQEMU"},
 		{"l1_size", "", fm + "Header.L1Size " + fm + "EncodeL1Pointer", damagedHeaders + "; qcow2 TestResizeLongL1"},
 		{"l1_table_offset", "", fm + "OffL1 " + fm + "Header.L1Offset", damagedHeaders + "; qcow2 TestResizeLongL1"},
 		{"refcount_table_offset", "", fm + "OffRefTable " + fm + "EncodeRefTablePointer", damagedHeaders + "; qcow2/internal/meta TestMovedRefcountTableIsForgotten"},
@@ -137,7 +138,7 @@ var groups = []group{
 		{"QCOW2_INCOMPAT_DIRTY_BITNR", "bit 0", fm + "IncompatDirty", damagedHeaders},
 		{"QCOW2_INCOMPAT_DIRTY", "cleared by a verified repair or a clean close only", mt + "Store.MarkDirty " + mt + "Store.CloseClean", lazy + "; qcow2 TestHalfDoneStaysDirty"},
 		{"QCOW2_INCOMPAT_CORRUPT_BITNR", "bit 1", fm + "IncompatCorrupt", damagedHeaders},
-		{"QCOW2_INCOMPAT_CORRUPT", "read only until repaired", "qcow2.Image.refuse", damagedHeaders},
+		{"QCOW2_INCOMPAT_CORRUPT", "read only until repaired", "qcow2.Image.refuse", "qcow2 TestCorruptBit; " + damagedHeaders},
 		{"QCOW2_INCOMPAT_MASK", "what is known: bits 0 to 4 today", fm + "IncompatKnown", damagedHeaders},
 		{"QCOW2_COMPAT_LAZY_REFCOUNTS_BITNR", "bit 0", fm + "CompatLazyRefcounts", damagedHeaders},
 		{"QCOW2_COMPAT_LAZY_REFCOUNTS", "", "qcow2.AmendOptions", "internal/cli TestAmendLikeQEMU"},
@@ -148,7 +149,7 @@ var groups = []group{
 	}},
 	{"B6 Discard", "", []item{
 		{"QCOW2_DISCARD_NEVER", "replaced by copy-on-write: the policy of 'other' decides", mt + "Cause", "test/coverage TestPassDiscard"},
-		{"QCOW2_DISCARD_ALWAYS", "cut off, or repaired away", "qcow2.Image.shrink", "qcow2 TestShrinkGivesSpaceBack"},
+		{"QCOW2_DISCARD_ALWAYS", "cut off, or repaired away", "qcow2.Image.shrink", "qcow2 TestShrinkGivesSpaceBack; " + everything},
 		{"QCOW2_DISCARD_REQUEST", "", mt + "PassDiscard", "test/coverage TestPassDiscard"},
 		{"QCOW2_DISCARD_SNAPSHOT", "", mt + "PassDiscard", "test/coverage TestPassDiscard"},
 		{"QCOW2_DISCARD_OTHER", "", mt + "PassDiscard", "test/coverage TestPassDiscard"},
@@ -197,7 +198,7 @@ var groups = []group{
 		{"refcount_max", "", fm + "Layout.RefcountMax", "qcow2 TestSnapshotOverflow"},
 		{"discard_passthrough", "", "qcow2.Options.passDiscard", "test/coverage TestPassDiscard"},
 		{"overlap_check", "", "qcow2.Options.watched", overlaps},
-		{"signaled_corruption", "one refusal, and the image goes on", mt + "CorruptError", "qcow2 TestTablesInWrongPlaces"},
+		{"signaled_corruption", "one refusal, and the image goes on", mt + "CorruptError", "qcow2 TestCorruptBit; qcow2 TestTablesInWrongPlaces"},
 		{"incompatible_features", "", fm + "Header.Incompat", damagedHeaders},
 		{"compatible_features", "", fm + "Header.Compat", unknown},
 		{"autoclear_features", "unknown ones are cleared before the first write", "qcow2.Image.clearUnknownAutoclear", "test/coverage TestUnknownAutoclear"},
@@ -223,8 +224,8 @@ var groups = []group{
 		{"QCowL2Meta.next_in_flight", "", mt + "Ranges", "qcow2/internal/meta TestRangesExclude"},
 		{"cluster_allocs", "", mt + "Ranges", stress},
 		{"lock", "none over the whole image", mt + "Epochs", stress},
-		{"cipher", "", "luks.SectorCipher", "luks TestModesAgreeWithTheirDefinitions; luks/ciphers TestQEMUReadsWhatIsCreatedHere"},
-		{"crypt_method_header", "", fm + "Header.CryptMethod", damagedHeaders},
+		{"cipher", "", "luks.SectorCipher", "luks TestModesAgreeWithTheirDefinitions; luks/ciphers TestQEMUReadsWhatIsCreatedHere; qcow2 TestEncryptedImagesOfQEMU"},
+		{"crypt_method_header", "", fm + "Header.CryptMethod", "qcow2 TestHostileCryptoExtension; " + damagedHeaders},
 		{"QCOW2_CLUSTER_UNALLOCATED", "", fm + "KindUnallocated", fmTests + "TestKind; internal/cli TestMapLikeQEMU"},
 		{"QCOW2_CLUSTER_NORMAL", "", fm + "KindNormal", fmTests + "TestKind; internal/cli TestMapLikeQEMU"},
 		{"QCOW2_CLUSTER_COMPRESSED", "", fm + "KindCompressed", fmTests + "TestKind; internal/cli TestMapLikeQEMU"},
