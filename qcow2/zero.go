@@ -148,7 +148,8 @@ func (im *Image) zeroByWriting(ctx context.Context, s span) error {
 		most := min(s.n, run.N<<im.lay.ClusterBits-in)
 		n := im.zeroPrefix(run, s.off, in, most)
 		if n == 0 {
-			n = min(most, int64(len(zeroChunk)))
+			// The piece ends with a sector: of one written by two pieces a power cut may leave half.
+			n = min(most, int64(len(zeroChunk))-s.off%format.SectorSize)
 			if im.lay.DataFile { // not on into a unit of zeroes, which may be too young to be written
 				n = min(n, im.lay.SubclusterSize()-s.off%im.lay.SubclusterSize())
 			}
