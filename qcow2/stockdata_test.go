@@ -222,7 +222,7 @@ func TestCompressedBothWays(t *testing.T) {
 						first := r.Int64N(8)
 						off := first * cluster
 						n := min((1+r.Int64N(8-first))*cluster, int64(len(model))-off)
-						copy(model[off:off+n], someText(int(n+512))[r.IntN(512):])
+						copy(model[off:off+n], someText(int(n + 512))[r.IntN(512):])
 						if r.IntN(4) == 0 {
 							clear(model[off : off+min(n, cluster)])
 						}

@@ -32,12 +32,15 @@ const (
 	writelog  = "qcow2/internal/meta/writelog.go"
 	writer    = "qcow2/write.go"
 	hostio    = "qcow2/hostio.go"
+	datafile  = "qcow2/datafile.go"
+	compress  = "qcow2/compress.go"
+	packer    = "qcow2/internal/meta/packer.go"
+	row       = "qcow2/internal/meta/row.go"
 	reader    = "qcow2/read.go"
 	zero      = "qcow2/zero.go"
 	rewrite   = "qcow2/internal/format/rewrite.go"
 	expand    = "qcow2/internal/meta/expand.go"
 	rewidth   = "qcow2/internal/meta/rewidth.go"
-	row       = "qcow2/internal/meta/row.go"
 	resize    = "qcow2/resize.go"
 	amend     = "qcow2/amend.go"
 	header    = "qcow2/header.go"
@@ -347,4 +350,41 @@ var Defects = []Defect{
 		"	err := a.im.changeHeader(fn)\n	if loadErr", "	err := a.im.changeHeader(fn)\n	if err != nil {\n		return err\n	}\n	if loadErr"},
 	{"downgrade-keeps-copied", "flags of the disk are wrong after a downgrade dropped what a snapshot shared", amend,
 		"	if err := im.fixActive(ctx); err != nil {\n		return halfDone(err)\n	}\n", ""},
+	// External data files.
+	{"data-file-not-synced", "pointers into the external data file are written before the data is durable", store,
+		"	if err := s.syncData(g); err != nil {\n		return err\n	}\n", ""},
+	{"data-file-sync-trusted", "data written to the data file before a failed sync counts as durable", store,
+		"		s.data.log.lost(g.data)\n", ""},
+	{"raw-zeroes-not-noted", "zeroes in a raw data file order no sync", datafile,
+		"	err := storage.Zero(im.data, s.off, s.n, punch)\n	im.meta.ZeroedData(s.off, s.n)\n", "	err := storage.Zero(im.data, s.off, s.n, punch)\n"},
+	{"raw-zeroed-by-mapping", "zeroes do not reach the raw data file", zero,
+		"		if im.raw() {\n			return im.zeroRaw(ctx, span{off, n}, unmap", "		if im.raw() && n < 0 {\n			return im.zeroRaw(ctx, span{off, n}, unmap"},
+	{"raw-written-before-mapped", "a crash leaves data in a raw data file that the guest does not see", datafile,
+		"	if im.raw() {\n		return errNotMapped\n	}\n", ""},
+	{"zeroes-in-doubt-forgotten", "zeroes of a failed sync are not made again", writelog,
+		"		if err := l.rezero(f, buf, z); err != nil {\n			return err\n		}\n", "		_ = z\n"},
+	{"stale-data-file-bytes", "old bytes of the data file show around a partial write", datafile,
+		"			return off >= end\n", "			return off >= 0\n"},
+	{"data-file-clusters-freed", "an offset in the data file is taken for a cluster of the image", writer,
+		"	if lay.DataFile {\n		return // what", "	if lay.DataFile && lay.ClusterBits == 0 {\n		return // what"},
+
+	// Compressed clusters.
+	{"packed-not-counted", "a host cluster shared by compressed clusters counts too few", packer,
+		"SetRefcount(rc.known[b].data, slot, count+1)", "SetRefcount(rc.known[b].data, slot, count)"},
+	{"packed-count-not-ordered", "an entry is durable before the count of the cluster it shares", packer,
+		"	rc.known[b].serves, rc.increased = true, true\n", "	rc.known[b].serves = true\n"},
+	{"tail-outlives-its-cluster", "compressed data is appended to a cluster that is free", refcount,
+		"	rc.leaveTail(c)\n", ""},
+	{"width-overflows", "a narrow refcount overflows under many compressed clusters", packer,
+		"count >= rc.mostShared()", "count < 0"},
+	{"second-cluster-not-counted", "the end of a compressed cluster lies in a free one", packer,
+		"		rc.mark(ClusterRun{c + 1, 1})\n", ""},
+	{"failed-pack-keeps-clusters", "clusters of a failed compressed write leak", packer,
+		"	for _, e := range entries {\n		first", "	for _, e := range entries[len(entries):] {\n		first"},
+	{"recompressed-leaks", "what a compressed cluster replaces is never freed", compress,
+		"		if giveUp {\n			old.add", "		if giveUp && k < 0 {\n			old.add"},
+	{"cuts-too-much", "the last cluster in use is cut off at close", row,
+		"	most := int64(s.Layout.Offset(end))\n", "	most := int64(s.Layout.Offset(end - 1))\n"},
+	{"no-unref-frees", "a cluster is freed that discard-no-unref keeps", zero,
+		"unmap && !keep, punch", "unmap, punch"},
 }

@@ -27,7 +27,8 @@ type exploration struct {
 	scenario
 	t       *testing.T
 	gallery gallery
-	base    storage.File // the image's bytes
+	base    storage.File     // the image's bytes
+	data    *storage.MemFile // those of the external data file, if there is one
 	file    *busyFile
 	im      *qcow2.Image
 	time    clock
@@ -137,6 +138,9 @@ func (c *client) step() error {
 	case k < 38:
 		q.name, q.act = "try read", actRead
 		return c.read(q, func(p []byte) error { return c.im.TryReadAt(p, off) })
+	case k < 43 && !c.hasData() && c.wholeClusters(sector, n):
+		q.name = "write compressed"
+		return c.write(q, func(p []byte) error { return c.im.WriteCompressed(ctx, p, off) })
 	case k < 58:
 		q.name = "write"
 		flags := block.WriteFlags(0)
@@ -176,6 +180,12 @@ func (c *client) change() error {
 		return c.im.Amend(ctx, qcow2.AmendOptions{RefcountBits: 16 << c.r.IntN(3)})
 	}
 	return c.im.Amend(ctx, qcow2.AmendOptions{Version: 2 + c.r.IntN(2)})
+}
+
+// wholeClusters reports whether sectors are whole clusters, the last of which the disk's end may cut.
+func (c *client) wholeClusters(sector, n int64) bool {
+	per := c.clusterSize / sectorSize
+	return sector%per == 0 && (n%per == 0 || (sector+n)*sectorSize == c.size())
 }
 
 func (c *client) read(q request, call func(p []byte) error) error {
@@ -268,14 +278,18 @@ func (c *client) work(steps int) error {
 func explore(t *testing.T, s scenario, g gallery) {
 	t.Helper()
 	before := goleak.IgnoreCurrent()
-	mem, backing := s.image(t, g)
-	e := &exploration{scenario: s, t: t, gallery: g, base: mem, time: clock{time.Now()}}
+	data := storage.NewMemFile("race.data")
+	mem, backing := s.image(t, g, data)
+	e := &exploration{scenario: s, t: t, gallery: g, base: mem, data: data, time: clock{time.Now()}}
 	if s.onDisk {
 		e.base = hostFile(t, mem)
 		defer e.base.Close()
 	}
 	e.file = newBusyFile(e.base, s.pace, s.seed)
 	o := qcow2.Options{Backing: backing, CacheSize: 1, ClusterCacheSize: 1}
+	if s.hasData() {
+		o.DataFile = newBusyFile(data, s.pace, s.seed^2)
+	}
 	if s.sweep {
 		o.CacheCleanInterval = 500 * time.Microsecond
 	}
@@ -351,9 +365,12 @@ func (e *exploration) runClients() error {
 func (e *exploration) readBack(backing block.Device) {
 	e.t.Helper()
 	o := qcow2.Options{ReadOnly: true}
+	if e.hasData() {
+		o.DataFile = keptOpen{e.data}
+	}
 	if backing != nil {
 		// The first image closed the backing device with itself.
-		_, o.Backing = e.image(e.t, e.gallery)
+		_, o.Backing = e.image(e.t, e.gallery, nil)
 	}
 	im, err := qcow2.Open(e.t.Context(), keptOpen{e.base}, o)
 	must(e.t, err)
@@ -386,7 +403,7 @@ func (e *exploration) judge() {
 // askQEMU has qemu-img check the image, and its snapshot still hold what it held.
 func (e *exploration) askQEMU() {
 	e.t.Helper()
-	if _, err := peer.Look("qemu-img"); err != nil && !peer.InCI() {
+	if _, err := peer.Look("qemu-img"); err != nil && !peer.InCI() || e.hasData() { // which stock would look for elsewhere
 		return // our own check has been done
 	}
 	dir, err := os.MkdirTemp(e.t.TempDir(), "after")

@@ -23,11 +23,13 @@ const (
 	fromImageBacking               // empty over another qcow2 image
 	fromCompressed                 // qemu-img convert -c
 	fromSnapshot                   // qemu-img convert and qemu-img snapshot: every cluster and table is shared
+	fromData                       // empty, with an external data file
+	fromRawData                    // with a raw one
 	origins
 )
 
 func (o origin) String() string {
-	return [...]string{"empty", "preallocated", "raw backing", "qcow2 backing", "compressed", "snapshot"}[o]
+	return [...]string{"empty", "preallocated", "raw backing", "qcow2 backing", "compressed", "snapshot", "data file", "raw data file"}[o]
 }
 
 // scenario is what a seed stands for, but for the requests themselves.
@@ -68,6 +70,9 @@ func draw(seed uint64) scenario {
 	if s.origin == fromSnapshot {
 		s.refBits = max(s.refBits, 2) // a count of 2 must fit
 	}
+	if s.hasData() {
+		s.version = 3
+	}
 	s.zstd = s.version == 3 && s.origin == fromCompressed && r.IntN(2) == 0
 	s.pace = pace(r.IntN(int(paces)))
 	s.clients = 2 + r.IntN(15)
@@ -78,6 +83,9 @@ func draw(seed uint64) scenario {
 	s.bitmap = s.version == 3 && r.IntN(3) == 0
 	return s
 }
+
+// hasData reports whether the data is in an external file.
+func (s scenario) hasData() bool { return s.origin == fromData || s.origin == fromRawData }
 
 // A disk has its data in a few places that lie in as many slices of L2 tables, more than the smallest cache holds. Two of
 // the places, the first and the last, are where most requests go.
@@ -121,7 +129,7 @@ func (s scenario) watched() []int64 {
 
 // holds returns what a sector of the image holds at first: in images with content every place does but each third one.
 func (s scenario) holds(sector int64) value {
-	if s.origin == fromNothing || s.origin == fromPrealloc {
+	if s.origin == fromNothing || s.origin == fromPrealloc || s.hasData() {
 		return 0
 	}
 	off := sector * sectorSize
@@ -170,28 +178,31 @@ func (g gallery) byQEMU(t testing.TB, s scenario) *storage.MemFile {
 }
 
 // image makes the image and what lies below it. The backing device is nil where there is none.
-func (s scenario) image(t testing.TB, g gallery) (*storage.MemFile, block.Device) {
+func (s scenario) image(t testing.TB, g gallery, data *storage.MemFile) (*storage.MemFile, block.Device) {
 	switch s.origin {
 	case fromCompressed, fromSnapshot:
 		return g.byQEMU(t, s), nil
 	case fromRawBacking:
 		raw, err := block.NewRaw(newBusyFile(s.content(t), s.pace, s.seed^1), block.RawOptions{ReadOnly: true})
 		must(t, err)
-		return s.create(t), raw
+		return s.create(t, nil), raw
 	case fromImageBacking:
 		o := qcow2.Options{ReadOnly: true, CacheSize: 1, ClusterCacheSize: 1}
 		below := s
 		below.origin, below.version, below.refBits, below.zstd = fromCompressed, 3, 16, false
 		im, err := qcow2.Open(t.Context(), newBusyFile(g.byQEMU(t, below), s.pace, s.seed^1), o)
 		must(t, err)
-		return s.create(t), im
+		return s.create(t, nil), im
 	}
-	return s.create(t), nil
+	return s.create(t, data), nil
 }
 
-func (s scenario) create(t testing.TB) *storage.MemFile {
+func (s scenario) create(t testing.TB, data *storage.MemFile) *storage.MemFile {
 	f := storage.NewMemFile("race.qcow2")
 	o := qcow2.CreateOptions{Size: s.size(), ClusterSize: s.clusterSize, Version: s.version, RefcountBits: s.refBits}
+	if s.hasData() {
+		o.DataFile, o.DataStorage, o.DataFileRaw = data.Stat().Name, data, s.origin == fromRawData
+	}
 	if s.origin == fromPrealloc {
 		o.Preallocation = qcow2.PreallocMetadata
 	}

@@ -153,14 +153,14 @@ func (k *keeper) lookAgain() {
 
 // backing makes the device below anew.
 func (e *exploration) backing() block.Device {
-	_, dev := e.image(e.t, e.gallery)
+	_, dev := e.image(e.t, e.gallery, nil)
 	return dev
 }
 
 func exploreSnapshots(t *testing.T, s scenario, g gallery) {
 	t.Helper()
 	before := goleak.IgnoreCurrent()
-	mem, backing := s.image(t, g)
+	mem, backing := s.image(t, g, nil)
 	e := &exploration{scenario: s, t: t, gallery: g, base: mem, time: clock{time.Now()}}
 	e.file = newBusyFile(e.base, s.pace, s.seed)
 	var err error
@@ -204,6 +204,9 @@ func TestExploreSnapshots(t *testing.T) {
 			return
 		}
 		s := draw(seed)
+		if s.hasData() {
+			s.origin = fromNothing // with an external data file there are no snapshots
+		}
 		s.refBits = max(s.refBits, 16) // counts must not run out, also where many compressed clusters share one
 		s.onDisk, s.sweep, s.bitmap = false, false, false
 		s.steps = s.steps * 2 / 3
