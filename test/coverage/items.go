@@ -37,6 +37,7 @@ const (
 	snapshots      = "internal/cli TestSnapshotLikeQEMU; test/interop TestSnapshotsStayIntact"
 	snapshotBytes  = "qcow2/internal/format TestSnapshotRoundTrip; qcow2/internal/format TestParseSnapshotsQEMUMakes"
 	stress         = "qcow2 TestConcurrentOwners; test/race TestExplore"
+	options        = "qcow2 TestRuntimeOptions"
 	everything     = "test/model TestEverything"
 	info           = "internal/cli TestInfoLikeQEMU"
 )
@@ -57,10 +58,10 @@ var groups = []group{
 		{"QCOW2_OFLAG_ZERO", "reads as zeroes; version 3 only", fm + "L2Zero " + fm + "MakeL2ZeroAlloc", fmTests + "TestKind; " + damagedTables},
 		{"MIN_CLUSTER_BITS", "512 bytes", fm + "MinClusterBits", everyCluster + "; " + damagedHeaders},
 		{"MAX_CLUSTER_BITS", "2 MiB", fm + "MaxClusterBits", everyCluster + "; " + damagedHeaders},
-		{"MIN_L2_CACHE_SIZE", "the least that a cache is clamped to", "qcow2.Options.CacheSize", "test/coverage TestSmallestCache"},
-		{"MIN_REFCOUNT_CACHE_SIZE", "the same for refcount blocks", mt + "Refcounts", "test/coverage TestSmallestCache"},
-		{"DEFAULT_L2_CACHE_CLUSTERS, _BYTE_SIZE", "default size of the L2 cache", "qcow2.DefaultCacheSize", "qcow2 TestHugeDisk"},
-		{"L2_REFCOUNT_SIZE_RATIO", "how caches shared one size; obsolete in QEMU itself", mt + "Config", "test/coverage TestSmallestCache"},
+		{"MIN_L2_CACHE_SIZE", "the least that a cache is clamped to", "qcow2.Options.CacheSize qcow2.Options.cacheSizes", "test/coverage TestSmallestCache; qcow2 TestCacheSizes"},
+		{"MIN_REFCOUNT_CACHE_SIZE", "the same for refcount blocks", "qcow2.Options.cacheSizes", "qcow2 TestCacheSizes"},
+		{"DEFAULT_L2_CACHE_CLUSTERS, _BYTE_SIZE", "default size of the L2 cache", "qcow2.DefaultCacheSize qcow2.Image.CacheSizes", "qcow2 TestCacheSizes; qcow2 TestHugeDisk"},
+		{"L2_REFCOUNT_SIZE_RATIO", "how caches shared one size; obsolete in QEMU itself", "qcow2.Options.cacheSizes", "qcow2 TestCacheSizes"},
 		{"DEFAULT_CLUSTER_SIZE", "64 KiB", "qcow2.CreateOptions.ClusterSize", headerBytes},
 		{"L1E_OFFSET_MASK", "bits 9 to 55", fm + "L1Entry.Offset " + fm + "L1Entry.Reserved", fmTests + "TestEntryFields; " + damagedTables},
 		{"L2E_OFFSET_MASK", "bits 9 to 55", fm + "L2Entry.HostOffset " + fm + "L2Entry.Reserved", fmTests + "TestEntryFields; " + damagedTables},
@@ -68,12 +69,12 @@ var groups = []group{
 		{"REFT_OFFSET_MASK", "bits 9 to 63", fm + "RefTableEntry.Offset " + fm + "RefTableEntry.Reserved", fmTests + "TestEntryFields; " + damagedTables},
 	}},
 	{"B2 Options", "", []item{
-		{"lazy-refcounts", "postpone refcounts, with the dirty bit set", "qcow2.Options.LazyRefcounts", lazy},
-		{"pass-discard-request", "the guest's discards reach the host", "qcow2.Options.PassDiscardRequest " + mt + "PassDiscard.Passes", "test/coverage TestPassDiscard"},
-		{"pass-discard-snapshot", "so does the space of deleted snapshots", "qcow2.Options.PassDiscardSnapshot " + mt + "PassDiscard.Passes", "test/coverage TestPassDiscard"},
-		{"pass-discard-other", "and other space that became free", "qcow2.Options.PassDiscardOther " + mt + "PassDiscard.Passes", "test/coverage TestPassDiscard"},
-		{"overlap-check", "which structures are watched", "qcow2.Options.Overlap qcow2.Structures", overlaps},
-		{"overlap-check.template", "none, constant, cached or all", mt + "OverlapNone " + mt + "OverlapConstant " + mt + "OverlapCached " + mt + "OverlapAll", templates + "; " + overlaps},
+		{"lazy-refcounts", "postpone refcounts, with the dirty bit set", "qcow2.Options.LazyRefcounts", lazy + "; " + options},
+		{"pass-discard-request", "the guest's discards reach the host", "qcow2.Options.PassDiscardRequest " + mt + "PassDiscard.Passes", "test/coverage TestPassDiscard; " + options},
+		{"pass-discard-snapshot", "so does the space of deleted snapshots", "qcow2.Options.PassDiscardSnapshot " + mt + "PassDiscard.Passes", "test/coverage TestPassDiscard; " + options},
+		{"pass-discard-other", "and other space that became free", "qcow2.Options.PassDiscardOther " + mt + "PassDiscard.Passes", "test/coverage TestPassDiscard; " + options},
+		{"overlap-check", "which structures are watched", "qcow2.Options.Overlap qcow2.Options.overlapOptions", overlaps + "; " + options},
+		{"overlap-check.template", "none, constant, cached or all", mt + "OverlapNone " + mt + "OverlapConstant " + mt + "OverlapCached " + mt + "OverlapAll", templates + "; " + overlaps + "; " + options},
 		{"overlap-check.main-header", "", mt + "MainHeader", overlaps},
 		{"overlap-check.active-l1", "", mt + "ActiveL1", overlaps},
 		{"overlap-check.active-l2", "", mt + "ActiveL2", overlaps},
@@ -82,10 +83,10 @@ var groups = []group{
 		{"overlap-check.snapshot-table", "", mt + "SnapshotTable", overlaps},
 		{"overlap-check.inactive-l1", "", mt + "InactiveL1", overlaps},
 		{"overlap-check.inactive-l2", "", mt + "InactiveL2", overlaps},
-		{"cache-size", "bound of all caches", "qcow2.Options.CacheSize qcow2.Options.ClusterCacheSize", "test/coverage TestSmallestCache"},
-		{"l2-cache-size", "bound of the L2 cache", "qcow2.Options.CacheSize", "test/coverage TestSmallestCache; test/race TestEvictionStorm"},
-		{"refcount-cache-size", "bound of the refcount cache", mt + "Refcounts", "test/coverage TestSmallestCache"},
-		{"cache-clean-interval", "idle memory is given back", "qcow2.Options.CacheCleanInterval " + mt + "Mapping.Sweep", "qcow2 TestIdleCacheIsDropped"},
+		{"cache-size", "bound of all caches; at most two of the three sizes may be given", "qcow2.Options.TotalCacheSize", "qcow2 TestCacheSizes; " + options + "; qcow2 TestRuntimeOptionErrors"},
+		{"l2-cache-size", "bound of the L2 cache", "qcow2.Options.CacheSize", "qcow2 TestCacheSizes; test/coverage TestSmallestCache; test/race TestEvictionStorm"},
+		{"refcount-cache-size", "bound of the refcount cache", "qcow2.Options.RefcountCacheSize", "qcow2 TestCacheSizes; " + options},
+		{"cache-clean-interval", "idle memory is given back", "qcow2.Options.CacheCleanInterval " + mt + "Mapping.Sweep", "qcow2 TestIdleCacheIsDropped; " + options},
 	}},
 	{"B3 Header fields", "", []item{
 		{"magic", "", fm + "OffMagic", damagedHeaders + "; " + headerBytes},
