@@ -278,3 +278,43 @@ func TestResizeLongL1(t *testing.T) {
 		checkClean(t, f)
 	}
 }
+
+// TestPreallocationOverBacking: clusters that wait for data let the backing file show through.
+func TestPreallocationOverBacking(t *testing.T) {
+	ctx := context.Background()
+	base := bytes.Repeat([]byte("base"), 1<<18)
+	for _, mode := range []qcow2.Preallocation{qcow2.PreallocMetadata, qcow2.PreallocFalloc, qcow2.PreallocFull} {
+		f := storage.NewMemFile("prealloc.qcow2")
+		o := qcow2.CreateOptions{Size: 1 << 20, ExtendedL2: true, BackingFile: "base.raw", BackingFormat: "raw", Preallocation: mode}
+		if err := qcow2.Create(ctx, f, o); err != nil {
+			t.Fatal(err)
+		}
+		im := mustOpen(t, keepOpen{f}, qcow2.Options{Backing: blocktest.NewBytes(base)})
+		size, err := f.Size()
+		if err != nil || size < 1<<20 {
+			t.Errorf("a file of %d bytes, %v", size, err)
+		}
+		want := bytes.Clone(base)
+		if !bytes.Equal(wholeDisk(t, im), want) {
+			t.Error("the backing file does not show")
+		}
+		copy(want[77777:], "data")
+		if err := im.WriteAt(ctx, []byte("data"), 77777, 0); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(wholeDisk(t, im), want) {
+			t.Error("the content differs")
+		}
+		if err := im.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if after, _ := f.Size(); after != size {
+			t.Errorf("the file grew from %d to %d bytes", size, after)
+		}
+		checkClean(t, f)
+	}
+	o := qcow2.CreateOptions{Size: 1 << 20, BackingFile: "base.raw", BackingFormat: "raw", Preallocation: qcow2.PreallocFull}
+	if err := o.Validate(); !errors.Is(err, qcow2.ErrInvalidOption) {
+		t.Errorf("without subclusters: %v", err)
+	}
+}

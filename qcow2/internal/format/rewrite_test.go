@@ -124,6 +124,9 @@ func TestPlanHeader(t *testing.T) {
 			data := rapid.SliceOfN(rapid.Byte(), 300, 1500).Draw(t, "blob")
 			next.UnknownExtensions = append(append([]Extension(nil), old.UnknownExtensions...), Extension{7, data})
 		}
+		if rapid.Bool().Draw(t, "the other way") {
+			old, next = next, old
+		}
 		cur, err := old.Marshal()
 		if err != nil {
 			t.Skip("no room")
@@ -131,8 +134,10 @@ func TestPlanHeader(t *testing.T) {
 		if _, err := next.Marshal(); err != nil {
 			t.Skip("no room")
 		}
-		if _, err := ParseHeader(cluster0(t, next)); err != nil {
-			t.Skip("next is not valid at this cluster size")
+		for _, h := range []*Header{old, next} {
+			if _, err := ParseHeader(cluster0(t, h)); err != nil {
+				t.Skip("not valid at this cluster size")
+			}
 		}
 		plan := checkPlan(t, zeroExtend(cur, 1<<old.ClusterBits), next)
 		if plan.Torn && old.ClusterBits > 13 {
@@ -165,6 +170,7 @@ func TestPlanHeaderSteps(t *testing.T) {
 		{"bitmaps removed", &withBitmaps, base, 2}, // sector 0, then zeroes over the rest
 		{"backing file added", base, &named, 2},
 		{"backing file renamed", &named, &renamed, 5},
+		{"backing file renamed, shorter", &renamed, &named, 5},
 		{"backing file removed", &named, base, 2},
 	} {
 		t.Run(c.name, func(t *testing.T) {
