@@ -407,8 +407,25 @@ func (im *Image) clearUnknownAutoclear() error {
 // Size returns the length of the disk in bytes.
 func (im *Image) Size() int64 { return im.size.Load() }
 
-// ClusterSize returns the unit in bytes in which the image maps the disk.
-func (im *Image) ClusterSize() int64 { return im.lay.ClusterSize() }
+// ClusterSize returns the unit in bytes in which the image maps the disk, 0 once it is closed.
+func (im *Image) ClusterSize() int64 {
+	t, err := im.enter() // operations on the whole image read the header again
+	if err != nil {
+		return 0
+	}
+	defer im.meta.Epochs.Exit(t)
+	return im.lay.ClusterSize()
+}
+
+// Version returns the version of the format, 2 or 3, and 0 once the image is closed.
+func (im *Image) Version() int {
+	t, err := im.enter()
+	if err != nil {
+		return 0
+	}
+	defer im.meta.Epochs.Exit(t)
+	return int(im.hdr.Version)
+}
 
 // Info tells what the device can do.
 func (im *Image) Info() block.Info { return *im.info.Load() }

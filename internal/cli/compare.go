@@ -65,7 +65,9 @@ func (c *comparison) run(ctx context.Context, names []string) (err error) {
 	if err := checkCache(c.cache); err != nil {
 		return &exitError{exitNoOpen, fmt.Sprintf("Invalid source cache option: %s", c.cache)}
 	}
-	c.second.forceShare, c.second.imageOpts, c.second.policy = c.first.forceShare, c.first.imageOpts, c.first.policy
+	second := c.first
+	second.format = c.second.format
+	c.second = second
 	var devs [2]block.Device
 	for i, src := range []*source{&c.first, &c.second} {
 		if err := src.set(names[i]); err != nil {

@@ -249,8 +249,15 @@ func (c *conversion) prepare(total int64) error {
 			return errorf("Invalid option list: %s", text)
 		}
 	}
+	var err error
+	if cr.secrets, err = c.src.objects.parse(); err != nil {
+		return err
+	}
 	if err := cr.parseOptions(c.known); err != nil {
 		return err
+	}
+	if c.compress && cr.encrypts() {
+		return errorf("Compression and encryption not supported at the same time")
 	}
 	if c.compress {
 		if c.format != "qcow2" {
@@ -278,6 +285,11 @@ func (c *conversion) prepare(total int64) error {
 	return nil
 }
 
+// encrypts reports whether the image is to be encrypted.
+func (c *creator) encrypts() bool {
+	return c.options["encryption"] == "on" || c.options["encrypt.format"] != ""
+}
+
 func (c *conversion) checkBacking() error {
 	switch {
 	case c.backing == "":
@@ -292,7 +304,10 @@ func (c *conversion) checkBacking() error {
 
 // openTarget opens the target for writing. What stands below it is what the user said, whatever the policy.
 func (c *conversion) openTarget(ctx context.Context) (block.Device, error) {
-	target := source{format: c.format, name: c.target, policy: c.src.policy}
+	target := source{format: c.format, name: c.target, policy: c.src.policy, secrets: c.creator.secrets}
+	if id, ok := c.creator.options["encrypt.key-secret"]; ok {
+		target.options = map[string]string{"encrypt.key-secret": id}
+	}
 	o := target.openOptions()
 	o.ReadOnly = false
 	if c.backing != "" {

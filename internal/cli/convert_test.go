@@ -146,3 +146,23 @@ func TestConvertForTrace(t *testing.T) {
 	}
 	mustDrover(t, "convert", "-f", "qcow2", "-O", format, "base", "out")
 }
+
+// TestConvertEncrypted goes from plain to encrypted and back, and compares with the key.
+func TestConvertEncrypted(t *testing.T) {
+	images(t)
+	object := "secret,id=s,data=foo"
+	mustDrover(t, "convert", "--object", object, "-O", "qcow2", "-o",
+		"encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", "base", "out")
+	opts := "driver=qcow2,file.filename=out,encrypt.key-secret=s"
+	mustTool(t, "qemu-img", "convert", "--object", object, "--image-opts", "-O", "raw", opts, "plain.raw")
+	mustTool(t, "qemu-img", "compare", "-f", "raw", "-F", "qcow2", "plain.raw", "base")
+	mustDrover(t, "convert", "--object", object, "--image-opts", "-O", "qcow2", opts, "back")
+	mustDrover(t, "compare", "back", "base")
+	if o := drover(t, "convert", "-O", "raw", "out", "x"); o.code != 1 || !strings.Contains(o.stderr, "key-secret") {
+		t.Errorf("without the key: %+v", o)
+	}
+	if o := drover(t, "convert", "--object", object, "-c", "-O", "qcow2", "-o", "encrypt.format=luks,encrypt.key-secret=s", "base",
+		"x"); o.code != 1 || o.stderr != "drover: Compression and encryption not supported at the same time\n" {
+		t.Errorf("compressed and encrypted: %+v", o)
+	}
+}
