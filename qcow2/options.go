@@ -1,5 +1,7 @@
 package qcow2
 
+//lint:file-ignore ST1005 the errors about options say what QEMU says of them
+
 import (
 	"errors"
 	"fmt"

@@ -25,8 +25,8 @@ type structureCase struct {
 }
 
 type structurePlaces struct {
-	cs, l2                                                     int64
-	snapshotL1, snapshotL2, snapshotTable, bitmapDir, bitmapTb int64
+	cs, l2                                           int64
+	snapshotL1, snapshotL2, snapshotTable, bitmapDir int64
 }
 
 // dataAt makes the first guest cluster lie at a host offset.
@@ -48,6 +48,7 @@ func structureCases() []structureCase {
 		{qcow2.SnapshotTable, "snapshot-table", "snapshot table", dataAt(func(p structurePlaces) int64 { return p.snapshotTable })},
 		{qcow2.InactiveL1, "inactive-l1", "inactive L1 table", dataAt(func(p structurePlaces) int64 { return p.snapshotL1 })},
 		{qcow2.InactiveL2, "inactive-l2", "inactive L2 table", dataAt(func(p structurePlaces) int64 { return p.snapshotL2 })},
+		{qcow2.BitmapDirectory, "bitmap-directory", "bitmap directory", dataAt(func(p structurePlaces) int64 { return p.bitmapDir })},
 	}
 }
 
@@ -86,7 +87,33 @@ func structuredImage(t testing.TB) (*storage.MemFile, structurePlaces) {
 			t.Fatal(err)
 		}
 	}
+	p.bitmapDir = addDirectory(t, f)
 	return f, p
+}
+
+// addDirectory gives the image a bitmap, which no write has to keep true, and returns where the directory lies.
+func addDirectory(t testing.TB, f *storage.MemFile) int64 {
+	t.Helper()
+	ctx := context.Background()
+	im, err := qcow2.Open(ctx, keepOpen{f}, qcow2.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := im.AddBitmap(ctx, "b", qcow2.BitmapOptions{Disabled: true}); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Close(); err != nil {
+		t.Fatal(err)
+	}
+	head := make([]byte, 4096)
+	if _, err := f.ReadAt(head, 0); err != nil {
+		t.Fatal(err)
+	}
+	h, err := format.ParseHeader(head)
+	if err != nil || h.Bitmaps == nil {
+		t.Fatalf("header: %+v %v", h, err)
+	}
+	return int64(h.Bitmaps.DirectoryOffset)
 }
 
 // TestOverlapSwitches damages one image for each structure and wants the write that would destroy it refused, with QEMU's

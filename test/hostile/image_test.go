@@ -76,7 +76,6 @@ func (m *img) need(off uint64, n int) []byte {
 	return m.b[off : off+uint64(n)]
 }
 
-func (m *img) u16(off uint64) uint16      { return binary.BigEndian.Uint16(m.need(off, 2)) }
 func (m *img) u32(off uint64) uint32      { return binary.BigEndian.Uint32(m.need(off, 4)) }
 func (m *img) u64(off uint64) uint64      { return binary.BigEndian.Uint64(m.need(off, 8)) }
 func (m *img) p8(off uint64, v uint8)     { m.need(off, 1)[0] = v }

@@ -16,7 +16,6 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 )
 
@@ -146,11 +145,8 @@ func once(dir, master, tool string, c scenario) (sample, error) {
 	if code := cmd.ProcessState.ExitCode(); code != c.Code {
 		return sample{}, fmt.Errorf("%s %s: exit code %d, want %d: %s", tool, strings.Join(args, " "), code, c.Code, out)
 	}
-	use := cmd.ProcessState.SysUsage().(*syscall.Rusage)
-	return sample{wall.Seconds(), seconds(use.Utime) + seconds(use.Stime)}, nil
+	return sample{wall.Seconds(), (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds()}, nil
 }
-
-func seconds(t syscall.Timeval) float64 { return float64(t.Sec) + float64(t.Usec)/1e6 }
 
 func median(s []sample, of func(sample) float64) float64 {
 	v := make([]float64, len(s))
