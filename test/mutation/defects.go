@@ -44,6 +44,8 @@ const (
 	resize    = "qcow2/resize.go"
 	amend     = "qcow2/amend.go"
 	header    = "qcow2/header.go"
+	crypter   = "qcow2/crypt.go"
+	keySlots  = "luks/volume.go"
 	layout    = "qcow2/internal/format/layout.go"
 	entries   = "qcow2/internal/format/entries.go"
 
@@ -248,6 +250,18 @@ var Defects = []Defect{
 		"	return off, (sectors+1)*SectorSize - int64(off%SectorSize)\n", "	return off, max(sectors, 1)*SectorSize - int64(off%SectorSize)\n"},
 	{"l2-index-wraps-early", "half of each L2 table is used twice", layout,
 		"func (l Layout) L2Entries() int64 { return 1 << l.l2Bits() }", "func (l Layout) L2Entries() int64 { return 1 << (l.l2Bits() - 1) }"},
+
+	// Encryption.
+	{"encrypted-virgin", "parts of new clusters of an encrypted image are left as the host has them, and read as noise", writer,
+		"	a.virgin = virgin && im.crypt == nil", "	a.virgin = virgin"},
+	{"encrypted-punched", "mapped clusters of an encrypted image are punched, and read as noise", zero,
+		"im.passRequest() && im.crypt == nil", "im.passRequest()"},
+	{"luks-guest-sector", "LUKS sectors are numbered by guest offset, as no other program does", crypter,
+		"	if e.byHost {\n", "	if false && e.byHost {\n"},
+	{"key-erased-in-use", "a power cut leaves a key slot that says active without its key", keySlots,
+		"	if err := v.setState(slot, false); err != nil {\n		return err\n	}\n	return v.wipe(slot)", "	return v.wipe(slot)"},
+	{"key-enabled-first", "a power cut leaves a key slot that says active before its key is there", keySlots,
+		"	s.KeyOffset, s.Active = v.h.Slots[slot].KeyOffset, false\n", "	s.KeyOffset, s.Active = v.h.Slots[slot].KeyOffset, true\n"},
 
 	// Repair.
 	{"repair-clears-dirty-early", "a repair marks an image clean that it has not found to be", repair,

@@ -20,7 +20,7 @@ var only = flag.String("only", ".", "regular expression of the defects to try")
 
 // suites are the parts of the test suite, the quickest first: the first that fails has caught the defect.
 var suites = [][]string{
-	{"-short", "./qcow2/internal/meta", "./qcow2/internal/format", "./qcow2/internal/check"},
+	{"-short", "./qcow2/internal/meta", "./qcow2/internal/format", "./qcow2/internal/check", "./luks"},
 	{"-short", "./qcow2"},
 	{"./test/fault"},
 	{"./test/crash"},
