@@ -287,3 +287,38 @@ func TestAmendAllAtOnce(t *testing.T) {
 	}
 	checkClean(t, f)
 }
+
+// TestDowngradeSetsFlags: a cluster that a snapshot holds as zeroes and the disk as data is the disk's alone afterwards, and its
+// entry must say so.
+func TestDowngradeSetsFlags(t *testing.T) {
+	ctx := context.Background()
+	f := storage.NewMemFile("flags.qcow2")
+	if err := qcow2.Create(ctx, f, qcow2.CreateOptions{Size: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	im := mustOpen(t, keepOpen{f}, qcow2.Options{})
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	snapshot := func(name string) {
+		t.Helper()
+		_, err := im.CreateSnapshot(ctx, name)
+		must(err)
+	}
+	must(im.WriteAt(ctx, bytes.Repeat([]byte("data"), 16<<10), 0, 0))
+	snapshot("data")
+	must(im.WriteZeroes(ctx, 0, 64<<10, 0))
+	snapshot("zeroes")
+	must(im.ApplySnapshot(ctx, "data"))
+	must(im.DeleteSnapshot(ctx, "data"))
+	must(im.Amend(ctx, qcow2.AmendOptions{Version: 2}))
+	checkClean(t, f)
+	if got := wholeDisk(t, im); !bytes.HasPrefix(got, []byte("data")) {
+		t.Error("the data is gone")
+	}
+	must(im.Close())
+	checkClean(t, f)
+}
