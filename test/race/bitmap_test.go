@@ -29,7 +29,11 @@ func (c *client) useBitmap(ctx context.Context, off, n int64) error {
 // judgeBitmap wants every sector that a request changed to be marked in the closed image, and the bitmap to be in order.
 func (e *exploration) judgeBitmap(backing block.Device) {
 	e.t.Helper()
-	im, err := qcow2.Open(e.t.Context(), keptOpen{e.base}, qcow2.Options{ReadOnly: true, Backing: kept{backing}.device()})
+	o := qcow2.Options{ReadOnly: true, Backing: kept{backing}.device()}
+	if e.hasData() {
+		o.DataFile = keptOpen{e.data}
+	}
+	im, err := qcow2.Open(e.t.Context(), keptOpen{e.base}, o)
 	must(e.t, err)
 	defer im.Close()
 	marked := make([]bool, 0, im.Size()/sectorSize)

@@ -140,7 +140,8 @@ func (c *client) step() error {
 		return c.read(q, func(p []byte) error { return c.im.TryReadAt(p, off) })
 	case k < 43 && !c.hasData() && c.wholeClusters(sector, n):
 		q.name = "write compressed"
-		return c.write(q, func(p []byte) error { return c.im.WriteCompressed(ctx, p, off) })
+		// A resize may have moved the end of the disk, which alone may cut a cluster.
+		return c.write(q, func(p []byte) error { return c.im.WriteCompressed(ctx, p, off) }, qcow2.ErrNotWholeClusters)
 	case k < 58:
 		q.name = "write"
 		flags := block.WriteFlags(0)
@@ -219,12 +220,12 @@ func (q *request) decode(p []byte, tornIsFine bool) error {
 	return nil
 }
 
-func (c *client) write(q request, call func(p []byte) error) error {
+func (c *client) write(q request, call func(p []byte) error, skip ...error) error {
 	q.act, q.v = actSet, c.next
 	c.next++
 	p := make([]byte, q.n*sectorSize)
 	stamp(p, q.sector, q.v)
-	return c.note(q, func(*request) error { return call(p) }, block.ErrWouldBlock)
+	return c.note(q, func(*request) error { return call(p) }, append(skip, block.ErrWouldBlock)...)
 }
 
 // extents must cover the range in order; what they say is out of date at once.
