@@ -20,7 +20,6 @@ type Progress func(done, total int64)
 // cursor walks the extents of a device, reading some ahead.
 type cursor struct {
 	dev  block.Device
-	off  int64 // where buf begins
 	buf  []block.Extent
 	size int64
 }
@@ -57,7 +56,6 @@ func (c *cursor) next(ctx context.Context, off int64) (block.Extent, error) {
 type piece struct {
 	off, n int64
 	kind   uint8
-	src    int     // whose it is, where there are several disks in a row
 	buf    *[]byte // what was read
 	err    error
 	ready  chan struct{}
