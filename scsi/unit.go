@@ -22,6 +22,10 @@ type Options struct {
 	// MaxTransfer is the largest transfer in blocks that the transport takes; 0: no limit.
 	MaxTransfer uint32
 	ReadOnly    bool
+	// Keep has what a write changed in the device's metadata made durable before the write is answered, so that nothing
+	// acknowledged is lost when this process ends without a word: initiators do not notice, and send nothing again. Writes
+	// that change no metadata (block.TryDevice takes them) are in the host's page cache, which outlives the process.
+	Keep bool
 	// Peer finds the unit that an EXTENDED COPY names, by its NAA designator; nil: only the unit itself.
 	Peer func(naa [16]byte) *Unit
 }
@@ -130,7 +134,14 @@ func (u *Unit) run(c *call) error {
 	if cmd.flags&writes != 0 && u.writeProtected() {
 		return &senseError{key: keyDataProtect, code: codeWriteProtected}
 	}
-	return cmd.run(u, c)
+	if err := cmd.run(u, c); err != nil || cmd.flags&writes == 0 || !u.o.Keep {
+		return err
+	}
+	if err := u.dev.Flush(c.ctx); err != nil {
+		lba, _ := extent(c.cdb)
+		return u.writeFailed(err, u.bytes(lba))
+	}
+	return nil
 }
 
 // senseOf turns an error of a command into sense data. nil: the initiator is to try again.

@@ -2,6 +2,7 @@ package tcmu
 
 import (
 	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -54,19 +55,18 @@ func (d Device) number(parts ...string) (uint64, error) {
 
 // Size returns the disk's size in bytes, as the kernel tells initiators.
 func (d Device) Size() (int64, error) {
-	info, err := d.read("info")
-	if err != nil {
-		return 0, err
+	n, err := d.number("attrib", "dev_size")
+	if err == nil && n > math.MaxInt64 {
+		err = fmt.Errorf("dev_size of %s is %d", d.Name, n)
 	}
-	_, rest, ok := strings.Cut(info, "Size: ")
-	if !ok {
-		return 0, fmt.Errorf("the kernel does not tell the size of %s", d.Name)
-	}
-	n, err := strconv.ParseInt(strings.Fields(rest)[0], 10, 64)
-	if err != nil {
-		return 0, fmt.Errorf("size of %s: %w", d.Name, err)
-	}
-	return n, nil
+	return int64(n), err
+}
+
+// enabled reports whether the device has been set up. Before, whoever enables it waits for the answer to its notice, and
+// nothing can be done to its ring.
+func (d Device) enabled() bool {
+	n, err := d.number("enable")
+	return err == nil && n != 0
 }
 
 // BlockSize returns the size of logical blocks.

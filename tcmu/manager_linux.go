@@ -30,10 +30,21 @@ type Handler interface {
 	Resize(ctx context.Context, dev block.Device, size int64) error
 }
 
+// Options say how a Manager deals with what is not plainly its own.
+type Options struct {
+	// AnswerOthers refuses devices whose handler nobody here has, instead of leaving them to another server on this host.
+	// Without such a server, whoever enables one waits for an answer for ever.
+	AnswerOthers bool
+	// WriteBack acknowledges writes that changed metadata before the image holds it. If this process is killed, what was
+	// acknowledged since the last flush is lost then, without initiators' noticing.
+	WriteBack bool
+}
+
 // Manager serves every TCMU device of its handlers for as long as it runs: those that exist when it starts, and those that
 // come.
 type Manager struct {
 	handlers map[string]Handler // by the first part of a configuration string
+	o        Options
 	log      *slog.Logger
 	events   *Events
 
@@ -43,12 +54,12 @@ type Manager struct {
 }
 
 // NewManager connects to the kernel.
-func NewManager(handlers map[string]Handler, log *slog.Logger) (*Manager, error) {
+func NewManager(handlers map[string]Handler, o Options, log *slog.Logger) (*Manager, error) {
 	events, err := DialEvents()
 	if err != nil {
 		return nil, err
 	}
-	return &Manager{handlers: handlers, log: log, events: events, devices: make(map[int]*slot)}, nil
+	return &Manager{handlers: handlers, o: o, log: log, events: events, devices: make(map[int]*slot)}, nil
 }
 
 // slot is the place of a device that is being opened or served.
@@ -69,9 +80,18 @@ type served struct {
 	ended  chan error
 }
 
-// Run serves until the context ends, and then stops every device in an orderly way.
-func (m *Manager) Run(ctx context.Context) error {
-	m.rescan(ctx)
+// Close is for a manager that never runs.
+func (m *Manager) Close() error { return m.events.Close() }
+
+// Run serves until the context ends, and then stops every device in an orderly way. ready is called when the devices that
+// exist at the start are served, or have been refused.
+func (m *Manager) Run(ctx context.Context, ready func()) error {
+	found := m.rescan(ctx)
+	go func() {
+		found.Wait()
+		m.log.Info("ready", "handlers", strings.Join(slices.Sorted(maps.Keys(m.handlers)), " "))
+		ready()
+	}()
 	received := make(chan error, 1)
 	go func() { received <- m.receive(ctx) }()
 	tick := time.NewTicker(rescanEvery)
@@ -95,17 +115,29 @@ func ignoreClosed(err error) error {
 	return err
 }
 
+// maxReceiveErrors in a row end the service.
+const maxReceiveErrors = 100
+
 // receive hands each notice to a goroutine of its own: the kernel sends the next about one device only after this one's
 // answer, and no device waits for another's disk to open.
 func (m *Manager) receive(ctx context.Context) error {
+	failed := 0
 	for {
 		events, err := m.events.Receive()
 		if err != nil {
 			if ctx.Err() != nil {
 				return nil
 			}
-			return err
+			if failed++; errors.Is(err, os.ErrClosed) || errors.Is(err, syscall.EBADF) || failed > maxReceiveErrors {
+				return err
+			}
+			// Most often the kernel's word that nobody waited for an answer. Should it be about a lost notice, that device
+			// is found by looking for it.
+			m.log.Debug("netlink", "error", err)
+			m.rescan(ctx)
+			continue
 		}
+		failed = 0
 		for _, ev := range events {
 			m.running.Go(func() { m.handle(ctx, ev) })
 		}
@@ -123,7 +155,10 @@ func (m *Manager) handle(ctx context.Context, ev Event) {
 		err = m.reconfigure(ctx, ev)
 	}
 	if errors.Is(err, errNotOurs) {
-		return // somebody else's device: the answer is theirs
+		if !m.o.AnswerOthers {
+			return // somebody else's device: the answer is theirs
+		}
+		err = m.foreign(ev)
 	}
 	if err != nil {
 		m.log.Error("device", "minor", ev.Minor, "error", err)
@@ -131,6 +166,23 @@ func (m *Manager) handle(ctx context.Context, ev Event) {
 	if err := m.events.Answer(ev.Command, ev.DeviceID, status(err)); err != nil {
 		m.log.Error("device", "minor", ev.Minor, "error", err)
 	}
+}
+
+// foreign answers a notice about a device that is not served here.
+func (m *Manager) foreign(ev Event) error {
+	switch ev.Command {
+	case cmdAdded:
+		d, err := deviceOf(ev.Minor)
+		if err != nil {
+			return fmt.Errorf("a new device: %w", syscall.ENOENT)
+		}
+		name, _, _ := strings.Cut(d.Config, "/")
+		return fmt.Errorf("%s (%s): nobody here handles %q, only %s: %w", d.Name, d.Config, name,
+			strings.Join(slices.Sorted(maps.Keys(m.handlers)), ", "), syscall.ENOENT)
+	case cmdReconfig:
+		return fmt.Errorf("a device that is not served here: %w", syscall.EOPNOTSUPP)
+	}
+	return nil // it may go
 }
 
 // status is what the kernel gets: a negative error number.
@@ -201,16 +253,17 @@ func (m *Manager) taken(minor int, forget bool) *served {
 // open opens disk and ring and starts the server. With adopt, commands that somebody left behind are answered BUSY first,
 // so that initiators send them again.
 func (m *Manager) open(ctx context.Context, d Device, handler Handler, config string, adopt bool) (s *served, err error) {
-	s = &served{dev: d, handle: handler, ended: make(chan error, 1)}
-	if s.disk, err = handler.Open(ctx, config); err != nil {
+	disk, err := handler.Open(ctx, config)
+	if err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			_ = s.disk.Close()
+			err = errors.Join(err, disk.Close())
 		}
 	}()
-	if err := s.makeUnit(); err != nil {
+	s = &served{dev: d, disk: disk, handle: handler, ended: make(chan error, 1)}
+	if err := s.makeUnit(m.o.WriteBack); err != nil {
 		return nil, err
 	}
 	if s.uio, err = openUIO(d.Minor); err != nil {
@@ -225,7 +278,16 @@ func (m *Manager) open(ctx context.Context, d Device, handler Handler, config st
 		return nil, errors.Join(err, s.uio.release())
 	}
 	server := NewServer(s.ring, s.unit, s.uio)
-	m.running.Go(func() { s.ended <- server.Serve(context.WithoutCancel(ctx)) })
+	m.running.Go(func() {
+		err := server.Serve(context.WithoutCancel(ctx))
+		switch {
+		case errors.Is(err, ErrRing):
+			m.log.Error("no longer serving", "device", d.Name, "error", err)
+		default: // the device goes, or we do
+			m.log.Debug("end of service", "device", d.Name, "reason", err)
+		}
+		s.ended <- err
+	})
 	if adopt {
 		if err := d.Block(false); err != nil {
 			m.log.Error("unblocking", "device", d.Name, "error", err)
@@ -235,7 +297,7 @@ func (m *Manager) open(ctx context.Context, d Device, handler Handler, config st
 }
 
 // makeUnit makes the SCSI unit of the open disk, which must be as large as the kernel says.
-func (s *served) makeUnit() error {
+func (s *served) makeUnit(writeBack bool) error {
 	size, err := s.dev.Size()
 	if err != nil {
 		return err
@@ -247,7 +309,8 @@ func (s *served) makeUnit() error {
 	if have := s.disk.Size() / int64(bs) * int64(bs); have != size {
 		return fmt.Errorf("the disk has %d bytes and dev_size says %d: %w", have, size, syscall.EINVAL)
 	}
-	o := scsi.Options{BlockSize: bs, Serial: s.dev.Serial, ReadOnly: s.disk.Info().ReadOnly}
+	o := scsi.Options{BlockSize: bs, Serial: s.dev.Serial, ReadOnly: s.disk.Info().ReadOnly,
+		Keep: !writeBack && s.disk.Info().Format != block.FormatRaw}
 	if most, err := s.dev.MaxBlocks(); err == nil {
 		o.MaxTransfer = uint32(min(most*512/uint64(bs), math.MaxUint32))
 	}
@@ -295,11 +358,12 @@ func (m *Manager) reconfigure(ctx context.Context, ev Event) error {
 
 // rescan serves devices whose notice was not seen: those that exist when this process starts, and those whose notice was
 // dropped. Whoever waits for an answer to it gets one.
-func (m *Manager) rescan(ctx context.Context) {
+func (m *Manager) rescan(ctx context.Context) *sync.WaitGroup {
+	found := new(sync.WaitGroup)
 	devices, err := Devices()
 	if err != nil {
 		m.log.Error("looking for devices", "error", err)
-		return
+		return found
 	}
 	for _, d := range devices {
 		m.mu.Lock()
@@ -308,22 +372,35 @@ func (m *Manager) rescan(ctx context.Context) {
 		if have {
 			continue
 		}
-		m.running.Go(func() {
-			err := m.add(ctx, d.Minor, true)
-			if errors.Is(err, errNotOurs) {
-				return
-			}
-			if err != nil {
-				m.log.Error("adopting a device", "device", d.Name, "error", err)
-			}
-			if id, idErr := d.index(); idErr == nil {
-				_ = m.events.Answer(cmdAdded, id, status(err)) // nobody may be waiting for it
-			}
-		})
+		found.Go(func() { m.adopt(ctx, d) })
+	}
+	return found
+}
+
+// adopt serves a device that is there. If it is still being enabled, whoever does so waits for an answer, which the notice
+// would have asked for.
+func (m *Manager) adopt(ctx context.Context, d Device) {
+	enabled := d.enabled()
+	err := m.add(ctx, d.Minor, enabled)
+	if errors.Is(err, errNotOurs) {
+		return // a notice that asks for an answer may still come
+	}
+	if err != nil {
+		m.log.Error("adopting a device", "device", d.Name, "error", err)
+	}
+	if enabled {
+		return // nobody waits; an answer might be taken for that to another question
+	}
+	id, err2 := d.index()
+	if err2 == nil {
+		err2 = m.events.Answer(cmdAdded, id, status(err))
+	}
+	if err2 != nil {
+		m.log.Error("answering for a device", "device", d.Name, "error", err2)
 	}
 }
 
-// stopAll has every device drain and closes it. Initiators find it busy until the next server comes.
+// stopAll has every device drain and closes it. Initiators find it busy until the next server comes, and try again.
 func (m *Manager) stopAll() error {
 	m.mu.Lock()
 	minors := slices.Collect(maps.Keys(m.devices))
@@ -352,5 +429,6 @@ func (s *served) stop() error {
 	for !s.ring.drained() {
 		time.Sleep(drainPoll) // no event comes when the last command is done
 	}
-	return errors.Join(err, s.close(), s.dev.Block(false))
+	// The last completion may not have been told yet by the worker that made it.
+	return errors.Join(err, s.uio.Ring(), s.close())
 }

@@ -140,7 +140,8 @@ otherwise.`,
 		},
 	})
 	root.AddCommand(a.createCommand(), a.infoCommand(), a.checkCommand(), a.mapCommand(), a.snapshotCommand(), a.bitmapCommand(),
-		a.compareCommand(), a.convertCommand(), a.measureCommand(), a.ddCommand(), a.resizeCommand(), a.amendCommand(), a.rebaseCommand(), a.serveCommand(), a.versionCommand())
+		a.compareCommand(), a.convertCommand(), a.measureCommand(), a.ddCommand(), a.resizeCommand(), a.amendCommand(), a.rebaseCommand(),
+		a.serveCommand(), a.tcmuCommand(), a.versionCommand())
 	for _, c := range root.Commands() {
 		c.Flags().SortFlags = false
 	}

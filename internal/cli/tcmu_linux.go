@@ -1,0 +1,116 @@
+package cli
+
+import (
+	"log/slog"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/daemon"
+)
+
+func (a *app) tcmuCommand() *cobra.Command {
+	t := scsiServer{app: a}
+	cmd := &cobra.Command{
+		Use:   "tcmu [flags]",
+		Short: "Serve images as SCSI disks to the Linux target (LIO)",
+		Long: `Serve images as SCSI disks through the TCM-User interface of the Linux target
+(LIO), in place of tcmu-runner, until interrupted. What fabric the target uses
+(iSCSI, Fibre Channel, vhost, loopback) and who may use a disk is set up with
+targetcli as for every other backstore.
+
+A disk's configuration string is its handler, a slash, the path of the image, and
+options, each after a semicolon:
+
+  qcow2//images/a.qcow2
+  qcow//images/a.qcow2;l2-cache-size=64M
+  qcow2//images/a.qcow2;read-only
+  qcow2//images/a.qcow2;snapshot=before
+  raw//images/b.img
+
+The handlers qcow and qcow2 are the same. Options are the runtime options of QCOW2
+images, read-only, and snapshot=NAME. Each image is locked while it is a disk.
+
+SIGINT and SIGTERM end the server when every command under way has been answered
+and everything is flushed; initiators find the disks busy until the next server
+starts. A second signal ends it at once.`,
+		Example: `  drover tcmu
+  targetcli /backstores/user:qcow2 create disk0 20G /images/disk0.qcow2
+  drover tcmu --allow-path /templates --log-level debug`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return t.run(cmd) },
+	}
+	f := cmd.Flags()
+	f.BoolVarP(&t.readOnly, "read-only", "r", false, "let initiators change nothing")
+	f.StringVar(&t.cacheSize, "cache-size", "", "`size` of the metadata caches of all images together (default 256M)")
+	f.BoolVar(&t.answerOthers, "answer-others", true, "refuse disks of handlers that are not here, lest enabling them wait for ever")
+	f.BoolVar(&t.writeBack, "write-back", false,
+		"acknowledge allocating writes at once: faster, but those since the last flush are lost if drover is killed")
+	f.StringVar(&t.bus, "dbus", "system", "offer the D-Bus service on the `BUS`: system, session, an address, or none")
+	f.StringVar(&t.logLevel, "log-level", "info", "`level` of messages: error, warn, info or debug")
+	t.policy.add(f)
+	return cmd
+}
+
+// scsiServer is one run of tcmu.
+type scsiServer struct {
+	*app
+	readOnly, answerOthers, writeBack bool
+	cacheSize, bus, logLevel          string
+	policy                            policyFlags
+}
+
+func (t *scsiServer) run(cmd *cobra.Command) error {
+	c, err := t.config()
+	if err != nil {
+		return err
+	}
+	ctx, signals := catchSignals(cmd.Context())
+	defer signals.release()
+	notifier, err := daemon.NewNotifier(os.Getenv)
+	if err != nil {
+		c.Log.Warn(err.Error())
+	}
+	defer notifier.Close()
+	tell := func(state string) {
+		if err := notifier.Tell(state); err != nil {
+			c.Log.Warn(err.Error())
+		}
+	}
+	if c.Bus, err = daemon.OpenTCMUBus(t.bus, c.Log); err != nil {
+		return err
+	}
+	defer c.Bus.Close()
+	done := make(chan error, 1)
+	go func() { done <- daemon.ServeTCMU(ctx, c, func() { tell("READY=1") }) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	tell("STOPPING=1")
+	select {
+	case err := <-done:
+		return err
+	case <-signals.second:
+		return &exitError{exitForced, "ended by a second signal; writes that were not flushed may be lost"}
+	}
+}
+
+func (t *scsiServer) config() (daemon.TCMUConfig, error) {
+	c := daemon.TCMUConfig{Policy: t.policy.policy(), ReadOnly: t.readOnly, AnswerOthers: t.answerOthers, WriteBack: t.writeBack}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(t.logLevel)); err != nil {
+		return c, usagef("--log-level %s: expecting error, warn, info or debug", t.logLevel)
+	}
+	c.Log = slog.New(slog.NewTextHandler(t.err, &slog.HandlerOptions{Level: level}))
+	if t.cacheSize != "" {
+		n, err := block.ParseSize(t.cacheSize)
+		if err != nil || n <= 0 {
+			return c, usagef("--cache-size %s is not a size", t.cacheSize)
+		}
+		c.Memory = n
+	}
+	return c, nil
+}
