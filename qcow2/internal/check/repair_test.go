@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/droverproject/drover/qcow2/internal/format"
@@ -370,6 +371,18 @@ func reachable(t testing.TB, b []byte) []uint64 {
 type crashDamage struct {
 	name string
 	make func(t testing.TB) *bytesOf
+}
+
+// leakyDamage is one that is repaired by a change of refcounts in their blocks.
+func leakyDamage(t testing.TB) *bytesOf {
+	t.Helper()
+	for _, d := range crashDamages() {
+		if strings.HasSuffix(d.name, " leaks") {
+			return d.make(t)
+		}
+	}
+	t.Fatal("no such damage")
+	return nil
 }
 
 // crashDamages are damages of an image that a test makes without tools, for both versions.

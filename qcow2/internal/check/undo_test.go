@@ -89,7 +89,7 @@ func takeBack(image, log storage.File, want []byte) error {
 }
 
 func TestUndoLogComesFirst(t *testing.T) {
-	x := crashDamages()[0].make(t)
+	x := leakyDamage(t)
 	// A log that cannot be made durable: nothing is changed.
 	log := storage.NewFaultFile(storage.NewMemFile("undo"))
 	log.Inject(storage.Fault{Kind: storage.OpSync})
@@ -111,7 +111,7 @@ func TestUndoLogComesFirst(t *testing.T) {
 
 func TestRestoreRefuses(t *testing.T) {
 	ctx := context.Background()
-	x := crashDamages()[0].make(t)
+	x := leakyDamage(t)
 	f, log := memory(t, x.b), storage.NewMemFile("undo")
 	if _, err := Repair(ctx, f, RepairOptions{Mode: RepairAll, Undo: log}); err != nil {
 		t.Fatal(err)
@@ -143,7 +143,7 @@ func TestRestoreRefuses(t *testing.T) {
 func (x *bytesOf) refEntryBlock() int { return int(x.block(0)) }
 
 func FuzzRestore(f *testing.F) {
-	x := crashDamages()[0].make(f)
+	x := leakyDamage(f)
 	image, log := memory(f, x.b), storage.NewMemFile("undo")
 	if _, err := Repair(context.Background(), image, RepairOptions{Mode: RepairAll, Undo: log}); err != nil {
 		f.Fatal(err)
