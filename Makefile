@@ -19,12 +19,12 @@ MUTATION    ?= .
 MUTATION_CI = ^(skip-first-sync|skip-last-sync|all-slices-first|reuse-at-once|punch-after-free|forget-copied|no-copy-on-write|evict-dirty)$$
 
 # All packages but those that have rungs of their own: they run long, or run other programs.
-UNIT      = $$(go list ./... | grep -vE '/test/(interop|hostile|weakness|coverage|nbd|kill|crash|fault|race|soak)$$')
+UNIT      = $$(go list ./... | grep -vE '/test/(interop|hostile|weakness|coverage|nbd|kill|crash|fault|race|soak|vm)$$')
 # The packages with model tests: those whose tests link rapid, which alone know its flags.
 MODELS    = $$(go list -test -f '{{.ImportPath}} {{join .Deps " "}}' ./... | sed -n 's|^\([^ ]*\)\.test .*pgregory.net/rapid.*|\1|p')
 
 .PHONY: help build test test-long demo bench bench-commands fuzz-long peers format vet staticcheck cross unit race race-long fuzz model \
-	interop hostile weakness coverage coverage-table crash crash-long fault fio kill soak soak-short mutation mutation-ci clean
+	test-vm interop hostile weakness coverage coverage-table crash crash-long fault fio kill soak soak-short mutation mutation-ci clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -136,6 +136,10 @@ soak: build ## server, clients and kills for SOAK_TIME (10m); SOAK_FLAGS='-seed 
 
 soak-short: build
 	go test -count=1 -timeout 10m -v ./test/soak -duration 15s
+
+test-vm: build ## drover tcmu beside the kernel's SCSI target, in a virtual machine; needs neither root nor KVM
+	PEERS=vm test/peers.sh
+	DROVER_VM=1 go test -count=1 -timeout 40m -v ./test/vm
 
 mutation: ## break the engine in every known way and demand that a test notices; writes out/mutation.md
 	mkdir -p out

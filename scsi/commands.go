@@ -13,6 +13,9 @@ const (
 	always flags = 1 << iota
 	// writes: refused where the unit is write-protected.
 	writes
+	// lunField: the three highest bits of byte 1 are not looked at. SCSI-2 had the LUN there, and Linux still sends it so to a
+	// target that it knows nothing of.
+	lunField
 )
 
 // noAction marks a command without service actions.
@@ -54,7 +57,7 @@ func repertoire() []command {
 		{0x04, noAction, "FORMAT UNIT", writes, b(0x04, 0, 0, 0, 0, 0), (*Unit).formatUnit},
 		{0x08, noAction, "READ(6)", 0, b(0x08, 0x1F, f, f, f, 0), (*Unit).read},
 		{0x0A, noAction, "WRITE(6)", writes, b(0x0A, 0x1F, f, f, f, 0), (*Unit).write},
-		{0x12, noAction, "INQUIRY", always, b(0x12, 0x01, f, f, f, 0), (*Unit).inquiry},
+		{0x12, noAction, "INQUIRY", always | lunField, b(0x12, 0x01, f, f, f, 0), (*Unit).inquiry},
 		{0x15, noAction, "MODE SELECT(6)", 0, b(0x15, 0x11, 0, 0, f, 0), (*Unit).modeSelect},
 		{0x1A, noAction, "MODE SENSE(6)", 0, b(0x1A, 0x08, f, f, f, 0), (*Unit).modeSense},
 		{0x1B, noAction, "START STOP UNIT", 0, b(0x1B, 0x01, 0, 0x0F, 0xF7, 0), (*Unit).startStop},
@@ -70,7 +73,7 @@ func repertoire() []command {
 		{0x41, noAction, "WRITE SAME(10)", writes, cdb(b(0x41, 0x18), all4, b(0x1F, f, f, 0)), (*Unit).writeSame},
 		{0x42, noAction, "UNMAP", writes, b(0x42, 0x01, 0, 0, 0, 0, 0x1F, f, f, 0), (*Unit).unmap},
 		{0x48, 0x01, "SANITIZE OVERWRITE", writes, b(0x48, 0x81, 0, 0, 0, 0, 0, f, f, 0), (*Unit).sanitize},
-		{0x48, 0x02, "SANITIZE BLOCK ERASE", writes, b(0x48, 0x82, 0, 0, 0, 0, 0, f, f, 0), (*Unit).sanitize},
+		{0x48, 0x02, "SANITIZE BLOCK ERASE", writes, b(0x48, 0x82, 0, 0, 0, 0, 0, 0, 0, 0), (*Unit).sanitize},
 		{0x48, 0x1F, "SANITIZE EXIT FAILURE MODE", 0, b(0x48, 0x1F, 0, 0, 0, 0, 0, 0, 0, 0), (*Unit).testUnitReady},
 		{0x55, noAction, "MODE SELECT(10)", 0, b(0x55, 0x11, 0, 0, 0, 0, 0, f, f, 0), (*Unit).modeSelect},
 		{0x5A, noAction, "MODE SENSE(10)", 0, b(0x5A, 0x18, f, f, 0, 0, 0, f, f, 0), (*Unit).modeSense},
@@ -140,6 +143,9 @@ func (c *command) checkBits(cdb []byte) error {
 		mask := c.usage[i]
 		if i == actionByte && c.action != noAction {
 			mask |= byte(c.action)
+		}
+		if i == actionByte && c.flags&lunField != 0 {
+			mask |= 0xE0
 		}
 		if wrong := cdb[i] &^ mask; wrong != 0 {
 			return badField(i, int8(bits.Len8(wrong)-1))

@@ -13,6 +13,7 @@ const (
 	copySegmentSize  = 28 // block to block
 	copyHeaderSize   = 16
 	maxSegmentBlocks = 0xFFFF
+	maxCopyList      = maxCopyTargets*copyTargetSize + maxCopySegments*copySegmentSize // all descriptors together
 )
 
 // Types of descriptors.
@@ -67,7 +68,7 @@ func (u *Unit) extendedCopy(c *call) error {
 	if n == 0 {
 		return nil
 	}
-	if n > copyHeaderSize+maxCopyTargets*copyTargetSize+maxCopySegments*copySegmentSize+64<<10 {
+	if n > copyHeaderSize+maxCopyList+64<<10 {
 		return illegal(codeListLength)
 	}
 	list := c.data.take(int(n))
@@ -85,7 +86,7 @@ func (u *Unit) extendedCopy(c *call) error {
 			result.status = 2
 			sense := &senseError{key: keyCopyAborted, code: codeThirdPartyDeviceFail}
 			if inner := u.senseOf(err); inner != nil && inner.key == keyIllegalRequest {
-				sense = &senseError{key: keyCopyAborted, code: inner.code}
+				sense = &senseError{key: keyCopyAborted} // the list asks for what is not there; no device failed
 			}
 			result.sense = sense.encode(false)
 			u.copies.note(id, result)
@@ -103,11 +104,13 @@ func (u *Unit) parseCopy(list []byte) ([]copySegment, error) {
 	be := binary.BigEndian
 	targets, segments, inline := int(be.Uint16(list[2:])), int(be.Uint32(list[8:])), int(be.Uint32(list[12:]))
 	switch {
+	case targets+segments > maxCopyList:
+		return nil, illegal(codeListLength)
 	case targets%copyTargetSize != 0:
 		return nil, badParameter(2)
 	case targets/copyTargetSize > maxCopyTargets:
 		return nil, illegal(codeTooManyTargets)
-	case segments > 64<<10 || segments/copySegmentSize > maxCopySegments:
+	case segments/copySegmentSize > maxCopySegments:
 		return nil, illegal(codeTooManySegments)
 	case inline != 0:
 		return nil, badParameter(12)
@@ -133,7 +136,7 @@ func (u *Unit) parseCopy(list []byte) ([]copySegment, error) {
 		if end-at < copySegmentSize || be.Uint16(list[at+2:]) != copySegmentSize-4 {
 			return nil, badParameter(at + 2)
 		}
-		s, err := segmentOf(list[at:][:copySegmentSize], at, units)
+		s, err := segmentOf(list[at:][:copySegmentSize], units)
 		if err != nil {
 			return nil, err
 		}
@@ -167,14 +170,11 @@ func (u *Unit) copyTarget(b []byte, at int) (*Unit, error) {
 	return nil, &senseError{key: keyCopyAborted, code: codeUnreachableCopyPeer}
 }
 
-func segmentOf(b []byte, at int, units []*Unit) (copySegment, error) {
+func segmentOf(b []byte, units []*Unit) (copySegment, error) {
 	be := binary.BigEndian
 	from, to := int(be.Uint16(b[4:])), int(be.Uint16(b[6:]))
-	if from >= len(units) {
-		return copySegment{}, badParameter(at + 4)
-	}
-	if to >= len(units) {
-		return copySegment{}, badParameter(at + 6)
+	if from >= len(units) || to >= len(units) {
+		return copySegment{}, &senseError{key: keyCopyAborted, code: codeUnreachableCopyPeer}
 	}
 	s := copySegment{from: units[from], to: units[to], blocks: uint64(be.Uint16(b[10:])), fromLBA: be.Uint64(b[12:]), toLBA: be.Uint64(b[20:])}
 	if s.from.shift != s.to.shift {
@@ -201,7 +201,7 @@ func (u *Unit) copySegment(c *call, s copySegment) error {
 		return s.from.readFailed(err, from)
 	}
 	defer s.to.locks.lock(to, n, false)()
-	if err := s.to.dev.WriteAt(c.ctx, buf, to, s.to.writeFlags(false)); err != nil {
+	if err := s.to.dev.WriteAt(c.ctx, buf, to, s.to.writeFlags(s.to.o.Keep)); err != nil {
 		return s.to.writeFailed(err, to)
 	}
 	return nil
@@ -248,7 +248,7 @@ func copyParameters() []byte {
 	b[4] = 1 // SNLID: a list may have no identifier
 	be.PutUint16(b[8:], maxCopyTargets)
 	be.PutUint16(b[10:], maxCopySegments)
-	be.PutUint32(b[12:], maxCopyTargets*copyTargetSize+maxCopySegments*copySegmentSize)
+	be.PutUint32(b[12:], maxCopyList)
 	be.PutUint32(b[16:], maxSegmentBlocks<<9)
 	b[36] = 1 // one copy at a time for each list identifier
 	b[37] = 9 // data segment granularity: 512 bytes

@@ -69,7 +69,7 @@ func (u *Unit) standardInquiry() []byte {
 	copy(b[8:], u.vendor())
 	copy(b[16:], padded(orDefault(u.o.Product, "VIRTUAL DISK"), 16))
 	copy(b[32:], padded(orDefault(u.o.Revision, "0001"), 4))
-	for i, standard := range []uint16{0x00A0, 0x0460, 0x0600} { // SAM-5, SPC-4, SBC-4
+	for i, standard := range []uint16{0x00A0, 0x0460, 0x04C0, 0x0600} { // SAM-5, SPC-4, SBC-3, SBC-4
 		binary.BigEndian.PutUint16(b[58+2*i:], standard)
 	}
 	return b
@@ -170,6 +170,7 @@ func (u *Unit) limitsPage() []byte {
 func (u *Unit) characteristicsPage() []byte {
 	b := make([]byte, 60)
 	binary.BigEndian.PutUint16(b, 1) // does not rotate
+	b[3] = 0x40                      // WABEREQ: blocks that SANITIZE BLOCK ERASE erased can be read
 	return b
 }
 

@@ -215,8 +215,8 @@ func (u *Unit) compareAndWrite(c *call) error {
 		return err
 	}
 	off, length := u.bytes(lba), u.bytes(n)
-	if int64(c.data.Len()) < 2*length {
-		return illegal(codeInvalidField)
+	if int64(c.data.Len()) != 2*length { // whoever sends more means something else than these blocks
+		return badField(13, -1)
 	}
 	defer u.locks.lock(off, length, true)()
 	if err := u.compare(c, off, length, func(at int64) []byte { return c.data.slice(at, chunk) }, true); err != nil {

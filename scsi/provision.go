@@ -8,7 +8,8 @@ import (
 	"github.com/droverproject/drover/block"
 )
 
-// unmap gives the space of block ranges back. What is not a whole unit of the device's stays as it is.
+// unmap gives the space of block ranges back. What is not a whole unit of the device's is zeroed: every block of the ranges
+// reads as zeroes afterwards, as LBPRZ says of blocks that were given back.
 func (u *Unit) unmap(c *call) error {
 	if c.cdb[1]&1 != 0 { // ANCHOR
 		return badField(1, 0)
@@ -38,22 +39,16 @@ func (u *Unit) unmap(c *call) error {
 	}
 	for at := 0; at < len(ranges); at += 16 {
 		off := u.bytes(binary.BigEndian.Uint64(ranges[at:]))
-		if err := u.discard(c.ctx, off, u.bytes(uint64(binary.BigEndian.Uint32(ranges[at+8:])))); err != nil {
+		if err := u.giveBack(c.ctx, off, u.bytes(uint64(binary.BigEndian.Uint32(ranges[at+8:])))); err != nil {
 			return err
 		}
-	}
-	if !u.modeIs(modeWriteCache) {
-		return u.dev.Flush(c.ctx)
 	}
 	return nil
 }
 
-func (u *Unit) discard(ctx context.Context, off, n int64) error {
+func (u *Unit) giveBack(ctx context.Context, off, n int64) error {
 	defer u.locks.lock(off, n, false)()
-	if err := u.dev.Discard(ctx, off, n); err != nil {
-		return u.writeFailed(err, off)
-	}
-	return nil
+	return u.zero(ctx, off, n, true)
 }
 
 const (
@@ -160,7 +155,10 @@ func (u *Unit) wipe(c *call, off, n int64, pattern []byte) error {
 func (u *Unit) sanitizePattern(c *call) ([]byte, error) {
 	n := int(binary.BigEndian.Uint16(c.cdb[7:]))
 	list := c.data.take(n)
-	if n < 5 || len(list) < n {
+	if n < 5 || n > 4+1<<u.shift {
+		return nil, badField(7, -1)
+	}
+	if len(list) < n {
 		return nil, illegal(codeListLength)
 	}
 	length := int(binary.BigEndian.Uint16(list[2:]))

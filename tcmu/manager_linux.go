@@ -263,7 +263,7 @@ func (m *Manager) open(ctx context.Context, d Device, handler Handler, config st
 		}
 	}()
 	s = &served{dev: d, disk: disk, handle: handler, ended: make(chan error, 1)}
-	if err := s.makeUnit(m.o.WriteBack); err != nil {
+	if err := m.makeUnit(s); err != nil {
 		return nil, err
 	}
 	if s.uio, err = openUIO(d.Minor); err != nil {
@@ -297,7 +297,7 @@ func (m *Manager) open(ctx context.Context, d Device, handler Handler, config st
 }
 
 // makeUnit makes the SCSI unit of the open disk, which must be as large as the kernel says.
-func (s *served) makeUnit(writeBack bool) error {
+func (m *Manager) makeUnit(s *served) error {
 	size, err := s.dev.Size()
 	if err != nil {
 		return err
@@ -310,12 +310,32 @@ func (s *served) makeUnit(writeBack bool) error {
 		return fmt.Errorf("the disk has %d bytes and dev_size says %d: %w", have, size, syscall.EINVAL)
 	}
 	o := scsi.Options{BlockSize: bs, Serial: s.dev.Serial, ReadOnly: s.disk.Info().ReadOnly,
-		Keep: !writeBack && s.disk.Info().Format != block.FormatRaw}
+		Keep: !m.o.WriteBack && s.disk.Info().Format != block.FormatRaw, Peer: m.peer}
 	if most, err := s.dev.MaxBlocks(); err == nil {
 		o.MaxTransfer = uint32(min(most*512/uint64(bs), math.MaxUint32))
 	}
 	s.unit, err = scsi.NewUnit(s.disk, o)
 	return err
+}
+
+// peer finds the unit of another device by its name, for copies between devices. Those still being opened have none.
+func (m *Manager) peer(naa [16]byte) *scsi.Unit {
+	m.mu.Lock()
+	var places []*slot
+	for _, p := range m.devices {
+		places = append(places, p)
+	}
+	m.mu.Unlock()
+	for _, p := range places {
+		select {
+		case <-p.opened:
+			if p.s != nil && p.s.unit.NAA() == naa {
+				return p.s.unit
+			}
+		default:
+		}
+	}
+	return nil
 }
 
 // close ends the service of a device: the server first, then the disk, then the memory.

@@ -10,6 +10,13 @@ needed=(
   fio:fio mke2fs:e2fsprogs
   gcc:gcc # the race detector is linked with it
 )
+# What the tests in a virtual machine need beside these (make test-vm).
+if [ "${PEERS:-}" = vm ]; then
+  needed+=(
+    qemu-system-x86_64:qemu-system-x86 busybox:busybox-static e2fsck:e2fsprogs debugfs:e2fsprogs
+    sg_inq:sg3-utils iscsi-test-cu:libiscsi-bin dbus-daemon:dbus-daemon dbus-send:dbus-bin
+  )
+fi
 PATH=$PATH:/usr/sbin:/sbin
 
 missing_packages() {

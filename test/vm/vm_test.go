@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"strings"
 	"testing"
 	"time"
 )
@@ -90,13 +92,24 @@ func run(t *testing.T, vm *VM, j Job) []Result {
 	return results
 }
 
-// clean has the host's qemu-img check an image of the guest's disk.
-func clean(t *testing.T, j Job, name string) {
+// clean has the host's qemu-img check an image of the guest's disk. killed: its server was killed, which may leave clusters
+// that nothing points to; they must be all that is wrong.
+func clean(t *testing.T, j Job, name string, killed bool) {
 	t.Helper()
 	file := filepath.Join(j.Folder, filepath.Base(name))
 	if err := Extract(j, name, file); err != nil {
 		t.Error(err)
 		return
+	}
+	if killed {
+		const onlyLeaks = 3
+		out, err := exec.Command("qemu-img", "check", "-q", file).CombinedOutput()
+		var exit *exec.ExitError
+		if err != nil && !(errors.As(err, &exit) && exit.ExitCode() == onlyLeaks) {
+			t.Errorf("qemu-img check %s: %v\n%s", name, err, out)
+			return
+		}
+		host(t, "qemu-img", "check", "-q", "-r", "leaks", file)
 	}
 	if out, err := exec.Command("qemu-img", "check", file).CombinedOutput(); err != nil {
 		t.Errorf("qemu-img check %s: %v\n%s", name, err, out)
@@ -115,9 +128,82 @@ func TestDisk(t *testing.T) {
 	for name, size := range map[string]string{"a.qcow2": "256M", "b.qcow2": "32M"} {
 		host(t, "qemu-img", "create", "-q", "-f", "qcow2", filepath.Join(j.Folder, "disk", name), size)
 	}
-	if results := run(t, vm, j); len(results) < 50 {
+	if results := run(t, vm, j); len(results) < 37 {
 		t.Errorf("only %d results", len(results))
 	}
-	clean(t, j, "/a.qcow2")
-	clean(t, j, "/b.qcow2")
+	clean(t, j, "/a.qcow2", true)
+	clean(t, j, "/b.qcow2", false)
+}
+
+//go:embed jobs/iscsi.sh
+var iscsiScript []byte
+
+// conformance are the tests of libiscsi 1.19 that fail for a reason which is not ours, or not for us to change. A test that
+// is not named here has to pass.
+var conformance = map[string]string{
+	"GetLBAStatus.UnmapSingle": "asks for the status at LBA n+1 and expects a descriptor that begins at n+8, where a physical" +
+		" block has 8 logical ones; the standard has it begin where it was asked for",
+	"ReceiveCopyResults.CopyStatus": "wants a list identifier unknown that earlier tests have used in other sessions; the kernel" +
+		" does not say which session a command is from",
+	"Sanitize.Reset": "wants a SANITIZE with IMMED to be under way still when the answer is there; ours answers at the end",
+}
+
+var (
+	suiteLine = regexp.MustCompile(`^Suite: (\S+)`)
+	testLine  = regexp.MustCompile(`^ +Test: (\S+) \.\.\.`)
+)
+
+// TestISCSI has libiscsi's conformance tests judge a disk over the kernel's iSCSI target, and lists the result of each suite.
+func TestISCSI(t *testing.T) {
+	vm := machine(t)
+	j := newJob(t, iscsiScript)
+	host(t, "qemu-img", "create", "-q", "-f", "qcow2", filepath.Join(j.Folder, "disk", "a.qcow2"), "128M")
+	run(t, vm, j)
+	text, err := os.ReadFile(filepath.Join("../../out/vm", t.Name()+".log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var suite, test string
+	var suites []string
+	passed, failed, skipped := map[string]int{}, map[string][]string{}, map[string]int{}
+	end := func(ok bool) {
+		switch name := suite + "." + test; {
+		case ok:
+			passed[suite]++
+		case conformance[name] != "":
+			t.Logf("%s: %s", name, conformance[name])
+			failed[suite] = append(failed[suite], test)
+		default:
+			t.Errorf("%s failed", name)
+			failed[suite] = append(failed[suite], test)
+		}
+		test = ""
+	}
+	for line := range strings.SplitSeq(strings.ReplaceAll(string(text), "\r", ""), "\n") {
+		switch m := testLine.FindStringSubmatch(line); {
+		case suiteLine.MatchString(line):
+			suite = suiteLine.FindStringSubmatch(line)[1]
+			suites = append(suites, suite)
+		case m != nil:
+			test = m[1]
+		}
+		switch {
+		case test != "" && strings.HasSuffix(line, "passed"):
+			end(true)
+		case test != "" && strings.HasSuffix(line, "FAILED"):
+			end(false)
+		case strings.Contains(line, "[SKIPPED]"):
+			skipped[suite]++
+			t.Logf("%s: %s", suite, strings.TrimSpace(line))
+		}
+	}
+	total := 0
+	for _, s := range suites {
+		t.Logf("%-24s passed %2d  failed %2d %v  parts skipped %d", s, passed[s], len(failed[s]), failed[s], skipped[s])
+		total += passed[s] + len(failed[s])
+	}
+	if total < 200 {
+		t.Errorf("only %d tests ran", total)
+	}
+	clean(t, j, "/a.qcow2", false)
 }

@@ -21,10 +21,10 @@ check turs sg_turs $DISK
 check mkfs mkfs.ext4 -q -F $DISK
 mkdir -p /mnt
 check mount mount -o discard $DISK /mnt
-head -c 20000000 /dev/urandom > /mnt/random
+head -c 10000000 /dev/urandom > /mnt/random
 check sync sync
 sum=$(md5sum < /mnt/random)
-head -c 60000000 /dev/urandom > /mnt/gone
+head -c 30000000 /dev/urandom > /mnt/gone
 sync
 echo "  image takes $(du -k /disk/a.qcow2 | cut -f1) KiB with both files"
 before=$(du -k /disk/a.qcow2 | cut -f1)
@@ -34,7 +34,7 @@ check fstrim fstrim -v /mnt
 check umount umount /mnt
 sync
 after=$(du -k /disk/a.qcow2 | cut -f1)
-[ $after -lt $((before - 50000)) ]
+[ $after -lt $((before - 25000)) ]
 result space-given-back $? "$before KiB before, $after KiB after"
 check fsck e2fsck -f -n $DISK
 echo 3 > /proc/sys/vm/drop_caches
@@ -69,7 +69,7 @@ check synchronize sg_sync $DISK
 check blkdiscard blkdiscard -o 134217728 -l 67108864 $DISK
 
 # The server is killed under writes; the next one takes over, and nothing is lost.
-head -c 50000000 /dev/urandom > /tmp/big
+head -c 25000000 /dev/urandom > /tmp/big
 dd if=/tmp/big of=$DISK bs=64k oflag=direct conv=fsync 2> /tmp/dd.err &
 writer=$!
 sleep 0.3
@@ -79,7 +79,7 @@ start_daemon
 wait $writer
 result write-across-kill $? "$(tail -n 1 /tmp/dd.err)"
 echo 3 > /proc/sys/vm/drop_caches
-dd if=$DISK bs=1M count=48 iflag=direct 2> /dev/null | head -c 50000000 | cmp -s - /tmp/big
+dd if=$DISK bs=1M count=24 iflag=direct 2> /dev/null | head -c 25000000 | cmp -s - /tmp/big
 result reread-after-kill $?
 
 # The same in order.
@@ -93,7 +93,7 @@ sleep 1
 start_daemon
 wait $writer
 result write-across-restart $? "$(tail -n 1 /tmp/dd.err)"
-dd if=$DISK bs=1M count=48 iflag=direct 2> /dev/null | head -c 50000000 | cmp -s - /tmp/big
+dd if=$DISK bs=1M count=24 iflag=direct 2> /dev/null | head -c 25000000 | cmp -s - /tmp/big
 result reread-after-restart $?
 
 daemon_log
@@ -104,7 +104,7 @@ sg_turs $DISK > /tmp/out 2>&1
 echo 1 > /sys/block/${DISK#/dev/}/device/rescan
 [ "$(cat /sys/block/${DISK#/dev/}/size)" = 1048576 ]
 result grown $? "$(cat /sys/block/${DISK#/dev/}/size) sectors"
-check write-beyond dd if=/tmp/big of=$DISK bs=1M seek=400 count=40 oflag=direct
+check write-beyond dd if=/tmp/big of=$DISK bs=1M seek=400 count=20 oflag=direct
 sh -c "printf 134217728 > $CORE/user_0/a/attrib/dev_size" 2> /dev/null
 [ $? != 0 ]
 result no-shrinking $?
@@ -139,7 +139,7 @@ sleep 1
 start_daemon
 wait $waiting
 result orphaned-enable $? "$(cat /tmp/out)"
-check attach-b attach b 1
+check attach-b attach b 1 # with no LUN 0 beside it
 check read-b dd if=$DISK of=/dev/null bs=1M iflag=direct
 check detach-b detach b 1
 kill $DAEMON
