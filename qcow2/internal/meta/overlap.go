@@ -515,7 +515,7 @@ func (s *Store) scanL1(r byteRange, kind Structure) error {
 	buf := make([]byte, min(r.n, 1<<20))
 	at, stop := r.off, min(r.off+r.n, size)
 	for at < stop {
-		end, data, err := s.file.NextExtent(at)
+		end, data, err := s.nextExtent(at, stop)
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
@@ -540,6 +540,16 @@ func (s *Store) scanL1(r byteRange, kind Structure) error {
 		}
 	}
 	return nil
+}
+
+// smallTable is what is read sooner than the host is asked for holes in it.
+const smallTable = 64 << 10
+
+func (s *Store) nextExtent(at, stop int64) (end int64, data bool, err error) {
+	if stop-at <= smallTable {
+		return stop, true, nil
+	}
+	return s.file.NextExtent(at)
 }
 
 func (s *Store) noteTables(entries []byte, kind Structure) {
