@@ -53,10 +53,10 @@ func (k *kernel) word(off int) *atomic.Uint32 { return (*atomic.Uint32)(unsafe.P
 
 func (k *kernel) at(off uint32) []byte { return k.mem[k.ringOff+off : k.ringOff+k.ringSize] }
 
-// room returns how many bytes the ring can take, keeping head from meeting the tail.
+// room returns how many bytes the ring can take: what lies before the responses that were taken is free, not what the tail
+// has passed.
 func (k *kernel) room() uint32 {
-	tail := k.word(offTail).Load()
-	return (tail + k.ringSize - k.head - 8) % k.ringSize
+	return (k.seen + k.ringSize - k.head - 8) % k.ringSize
 }
 
 // reserve makes room for an entry of n bytes at one place, with padding if the end of the ring is too near.

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -122,16 +123,16 @@ func TestNotAnImage(t *testing.T) {
 type faultyFile struct {
 	storage.File
 	bad   int64
-	reads int
+	reads atomic.Int64
 	stop  func(n int)
 }
 
 var errBad = errors.New("bad sector")
 
 func (f *faultyFile) ReadAt(p []byte, off int64) (int, error) {
-	f.reads++
+	n := f.reads.Add(1)
 	if f.stop != nil {
-		f.stop(f.reads)
+		f.stop(int(n))
 	}
 	if off <= f.bad && f.bad < off+int64(len(p)) {
 		return 0, errBad
@@ -201,7 +202,7 @@ func TestContext(t *testing.T) {
 	if _, err := Run(context.Background(), count, Options{}); err != nil {
 		t.Fatal(err)
 	}
-	for stop := 1; stop <= count.reads; stop++ { // wherever the context ends, the check ends with it
+	for stop := 1; int64(stop) <= count.reads.Load(); stop++ { // wherever the context ends, the check ends with it
 		ctx, cancel := context.WithCancel(context.Background())
 		f := &faultyFile{File: memory(t, x.b), bad: -1, stop: func(n int) {
 			if n == stop {
@@ -245,8 +246,8 @@ func TestSnapshotsShareTables(t *testing.T) {
 	if err != nil || rep.Corruptions != snapshots+1 || rep.Leaks != 0 || len(rep.Findings) != 1 || rep.Findings[0].Times != snapshots+1 {
 		t.Errorf("%v, %+v", err, rep)
 	}
-	if f.reads > 12 {
-		t.Errorf("%d reads", f.reads)
+	if f.reads.Load() > 12 {
+		t.Errorf("%d reads", f.reads.Load())
 	}
 }
 
@@ -343,8 +344,8 @@ func TestHostileImagesAreCheap(t *testing.T) {
 			if used, limit := after.TotalAlloc-before.TotalAlloc, uint64(24*mib+16*len(x.b)); used > limit {
 				t.Errorf("%d bytes allocated for a file of %d, limit %d", used, len(x.b), limit)
 			}
-			if limit := 100 + len(x.b)/1000; f.reads > limit {
-				t.Errorf("%d reads of a file of %d bytes, limit %d", f.reads, len(x.b), limit)
+			if limit := int64(100 + len(x.b)/1000); f.reads.Load() > limit {
+				t.Errorf("%d reads of a file of %d bytes, limit %d", f.reads.Load(), len(x.b), limit)
 			}
 		})
 	}
