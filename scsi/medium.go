@@ -17,9 +17,6 @@ func (u *Unit) transfer(c *call) (off, n int64, err error) {
 	if err := u.inRange(lba, blocks); err != nil {
 		return 0, 0, err
 	}
-	if u.o.MaxTransfer > 0 && blocks > uint64(u.o.MaxTransfer) {
-		return 0, 0, illegal(codeInvalidField)
-	}
 	return u.bytes(lba), min(u.bytes(blocks), int64(c.data.Len())), nil
 }
 

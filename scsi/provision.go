@@ -74,7 +74,7 @@ func (u *Unit) writeSame(c *call) error {
 	}
 	one := make([]byte, 1<<u.shift)
 	if !noData {
-		if one = c.data.take(1 << u.shift); len(one) < 1<<u.shift {
+		if one = c.data.take(1 << u.shift); len(one) < 1<<u.shift || c.data.Len() > 1<<u.shift {
 			return illegal(codeInvalidField)
 		}
 	}

@@ -148,6 +148,34 @@ func TestInquiryWithLUN(t *testing.T) {
 	}
 }
 
+// TestDataOutSize: data of another length than a descriptor block asks for is refused where it would be guesswork what to do.
+func TestDataOutSize(t *testing.T) {
+	u, _ := newUnit(t, mib, scsi.Options{})
+	page := func(n int) scsi.Buffer { return scsi.Buffer{make([]byte, n)} }
+	fails(t, u, rw16(0x93, 0, 8), page(1024), 5, 0x2400)                      // WRITE SAME with two blocks
+	fails(t, u, cdb(16, 0x89, 13, 1), page(2048), 5, 0x2400)                  // COMPARE AND WRITE of one block with four
+	fails(t, u, cdb(16, 0x89), page(1024), 5, 0x2400)                         // and of none with two
+	fails(t, u, cdb(10, 0x48, 1, 0x01, 7, uint16(4)), page(4), 5, 0x2400)     // SANITIZE OVERWRITE with nothing
+	fails(t, u, cdb(10, 0x48, 1, 0x01, 7, uint16(517)), page(517), 5, 0x2400) // and with more than a block
+	good(t, u, cdb(16, 0x89), nil)
+}
+
+// TestUnmapReadsZeroes unmaps less than the device gives back at a time.
+func TestUnmapReadsZeroes(t *testing.T) {
+	u, _ := newUnit(t, mib, scsi.Options{})
+	full := bytes.Repeat([]byte{7}, 8192)
+	good(t, u, rw16(0x8A, 0, 16), scsi.Buffer{full})
+	list := append([]byte{0, 22, 0, 16, 0, 0, 0, 0}, make([]byte, 16)...)
+	list[8+7], list[8+11] = 3, 2
+	good(t, u, cdb(10, 0x42, 7, uint16(24)), scsi.Buffer{list})
+	got := make([]byte, 8192)
+	good(t, u, rw16(0x88, 0, 16), scsi.Buffer{got})
+	clear(full[3*512:][:2*512])
+	if !bytes.Equal(got, full) {
+		t.Error("unmapped blocks do not read as zeroes, or their neighbours do")
+	}
+}
+
 func TestCapacity(t *testing.T) {
 	for _, bs := range []int{512, 4096} {
 		u, _ := newUnit(t, 16*mib+512, scsi.Options{BlockSize: bs})

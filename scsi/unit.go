@@ -19,7 +19,8 @@ type Options struct {
 	Serial func() string
 	// Vendor, Product and Revision are shown by INQUIRY; empty: drover's own.
 	Vendor, Product, Revision string
-	// MaxTransfer is the largest transfer in blocks that the transport takes; 0: no limit.
+	// MaxTransfer is the largest transfer in blocks that initiators are told to use; 0: no limit. What is larger and gets here
+	// all the same is done.
 	MaxTransfer uint32
 	ReadOnly    bool
 	// Keep has what a write changed in the device's metadata made durable before the write is answered, so that nothing

@@ -41,7 +41,7 @@ var ErrNoEnd = errors.New("the job did not end")
 
 const diskSize = "1536M"
 
-var resultLine = regexp.MustCompile(`(?m)^RESULT (\S+) (ok|FAIL)\s?([^\r\n]*)`)
+var resultLine = regexp.MustCompile(`(?m)^RESULT (\S+) (ok|FAIL) ?([^\n]*)`)
 
 // Run boots and waits for the end.
 func (vm *VM) Run(ctx context.Context, j Job) ([]Result, error) {
@@ -73,10 +73,7 @@ func (vm *VM) Run(ctx context.Context, j Job) ([]Result, error) {
 	cmd.Stderr = cmd.Stdout
 	err = cmd.Run()
 	text := strings.ReplaceAll(console.String(), "\r", "")
-	var results []Result
-	for _, m := range resultLine.FindAllStringSubmatch(text, -1) {
-		results = append(results, Result{m[1], m[2] == "ok", m[3]})
-	}
+	results := parseResults(text)
 	if err != nil {
 		return results, fmt.Errorf("qemu: %w", err)
 	}
@@ -84,6 +81,14 @@ func (vm *VM) Run(ctx context.Context, j Job) ([]Result, error) {
 		return results, ErrNoEnd
 	}
 	return results, nil
+}
+
+func parseResults(text string) []Result {
+	var results []Result
+	for _, m := range resultLine.FindAllStringSubmatch(text, -1) {
+		results = append(results, Result{m[1], m[2] == "ok", m[3]})
+	}
+	return results
 }
 
 // pack puts the job's archive behind the prepared one: the kernel unpacks both.

@@ -128,7 +128,7 @@ func TestDisk(t *testing.T) {
 	for name, size := range map[string]string{"a.qcow2": "256M", "b.qcow2": "32M"} {
 		host(t, "qemu-img", "create", "-q", "-f", "qcow2", filepath.Join(j.Folder, "disk", name), size)
 	}
-	if results := run(t, vm, j); len(results) < 37 {
+	if results := run(t, vm, j); len(results) != 55 {
 		t.Errorf("only %d results", len(results))
 	}
 	clean(t, j, "/a.qcow2", true)
@@ -145,8 +145,15 @@ var conformance = map[string]string{
 		" block has 8 logical ones; the standard has it begin where it was asked for",
 	"ReceiveCopyResults.CopyStatus": "wants a list identifier unknown that earlier tests have used in other sessions; the kernel" +
 		" does not say which session a command is from",
-	"Sanitize.Reset": "wants a SANITIZE with IMMED to be under way still when the answer is there; ours answers at the end",
+	"iSCSIdatasn.iSCSIDataSnInvalid": "how LIO treats a wrong DataSN",
+	"Sanitize.Reset":                 "wants a SANITIZE with IMMED to be under way still when the answer is there; ours answers at the end",
 }
+
+// residualSuite is about the residual counts of iSCSI. The kernel reckons an overflow from the descriptor block only for its own
+// backstores, and for TCM-User takes a count of reads alone; status and data, which these tests look at too, have to be right.
+const residualSuite = "iSCSIResiduals"
+
+var residualAssert = regexp.MustCompile(`^ +\d+\. .*CU_ASSERT_EQUAL\(task->residual(_status)?,`)
 
 var (
 	suiteLine = regexp.MustCompile(`^Suite: (\S+)`)
@@ -170,6 +177,8 @@ func TestISCSI(t *testing.T) {
 		switch name := suite + "." + test; {
 		case ok:
 			passed[suite]++
+		case suite == residualSuite: // its assertions follow, and are looked at one by one
+			failed[suite] = append(failed[suite], test)
 		case conformance[name] != "":
 			t.Logf("%s: %s", name, conformance[name])
 			failed[suite] = append(failed[suite], test)
@@ -192,6 +201,8 @@ func TestISCSI(t *testing.T) {
 			end(true)
 		case test != "" && strings.HasSuffix(line, "FAILED"):
 			end(false)
+		case suite == residualSuite && strings.Contains(line, " - CU_") && !residualAssert.MatchString(line):
+			t.Errorf("%s: %s", suite, strings.TrimSpace(line))
 		case strings.Contains(line, "[SKIPPED]"):
 			skipped[suite]++
 			t.Logf("%s: %s", suite, strings.TrimSpace(line))

@@ -1,6 +1,7 @@
 # Functions for jobs.
 CORE=/sys/kernel/config/target/core
 LOOP=/sys/kernel/config/target/loopback/naa.5001405aabbccdd0
+: > /tmp/daemon.log
 
 # result NAME STATUS [TEXT]: what a job has found out.
 result() {
@@ -14,15 +15,15 @@ result() {
 
 # check NAME COMMAND...: the command must succeed.
 check() {
-  name=$1
+  what=$1
   shift
   if "$@" > /tmp/out 2>&1; then
-    echo "RESULT $name ok"
+    echo "RESULT $what ok"
   else
     code=$?
     tail -n 8 /tmp/out | sed 's/^/  | /'
     daemon_log
-    echo "RESULT $name FAIL exit $code: $*"
+    echo "RESULT $what FAIL exit $code: $*"
   fi
 }
 
