@@ -89,14 +89,15 @@ unit: build
 	go test -count=1 -timeout 10m $(UNIT)
 
 race: ## the race detector: test/race on 1, 2 and 8 processors, and the shorter unit tests
-	go test -count=1 -timeout 10m -race -short $(UNIT) ./test/fault
+	go test -count=1 -timeout 10m -race -short $(UNIT)
+	go test -count=1 -timeout 10m -race -short -run 'TestEveryCallOfAKind|TestFullDisk|TestSnapshotsOnBrokenStorage' ./test/fault
 	go test -count=1 -timeout 10m -race -short -cpu 1,2,8 ./test/race
 
 race-long: ## test/race explores for RACE_TIME (30m) under the race detector
 	DROVER_LONG=$(RACE_TIME) go test -count=1 -timeout 0 -race -v -cpu 1,2,8 ./test/race
 
 fuzz:
-	test/fuzz.sh 20000x
+	test/fuzz.sh 5000x
 
 model:
 	go test -count=1 -timeout 10m $(MODELS) -rapid.checks=300

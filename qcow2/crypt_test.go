@@ -464,6 +464,9 @@ func qemuCreate(t *testing.T, dir, opts string) {
 
 // TestEncryptedImagesOfQEMU works on images that QEMU created and wrote, and has QEMU read the result.
 func TestEncryptedImagesOfQEMU(t *testing.T) {
+	if testing.Short() {
+		t.Skip("one client after another: the long form shows it")
+	}
 	for i, opts := range []string{
 		"encrypt.format=aes", "encrypt.format=aes,compat=0.10,cluster_size=4k", "encrypt.format=luks,encrypt.iter-time=10",
 		"encrypt.format=luks,encrypt.iter-time=10,encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.hash-alg=sha1,extended_l2=on",

@@ -186,6 +186,9 @@ func FuzzImage(f *testing.F) {
 
 // TestInfoOfAnything gives 64 KiB of anything to what `drover info` calls: it ends at once and needs little memory.
 func TestInfoOfAnything(t *testing.T) {
+	if testing.Short() {
+		t.Skip("one client after another: the long form shows it")
+	}
 	defer debug.SetGCPercent(debug.SetGCPercent(-1)) // so that the heap shows what was allocated
 	sound := fileBytes(t, soundImage(t, qcow2.CreateOptions{Size: 256 << 10, ClusterSize: 512}))
 	for seed := range 200 {

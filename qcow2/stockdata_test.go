@@ -108,6 +108,9 @@ func (d stockDir) change(dev block.Device, model []byte, r *rand.Rand, cluster i
 
 // TestDataFileBothWays has stock and us create images with an external data file, and each change what the other made.
 func TestDataFileBothWays(t *testing.T) {
+	if testing.Short() {
+		t.Skip("one client after another: the long form shows it")
+	}
 	const size = 3<<20 + 1536
 	for _, raw := range []bool{false, true} {
 		for _, o := range []struct {
@@ -202,6 +205,9 @@ func (d stockDir) create(o qcow2.CreateOptions) {
 
 // TestCompressedBothWays has stock and us write compressed clusters in turns, over all cluster sizes and both types.
 func TestCompressedBothWays(t *testing.T) {
+	if testing.Short() {
+		t.Skip("one client after another: the long form shows it")
+	}
 	for _, kind := range []string{"zlib", "zstd"} {
 		for _, bits := range []int{1, 16} {
 			for _, shift := range []int{9, 12, 16, 21} {

@@ -240,6 +240,9 @@ func soundImages() []recipe {
 }
 
 func TestSoundImages(t *testing.T) {
+	if testing.Short() {
+		t.Skip("one client after another: the long form shows it")
+	}
 	dir := t.TempDir()
 	for _, r := range soundImages() {
 		t.Run(r.name, func(t *testing.T) {

@@ -65,6 +65,9 @@ var newTable = []string{"snapshot without extra data", "snapshot with too much e
 // TestRepairDamage repairs what TestDamage checks. Guest data, snapshots and bitmaps must be there afterwards; what is left
 // must be what qemu-img check finds left; and another repair must have nothing to do.
 func TestRepairDamage(t *testing.T) {
+	if testing.Short() {
+		t.Skip("one client after another: the long form shows it")
+	}
 	for _, cluster := range []int{4096, 65536} {
 		r := richImage(cluster)
 		dir := t.TempDir()
