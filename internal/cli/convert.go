@@ -226,7 +226,7 @@ func (c *conversion) convert(ctx context.Context) (err error) {
 		return convertError(err)
 	}
 	closed = true
-	if err := errors.Join(target.Close(), syncFolder(c.target)); err != nil {
+	if err := errors.Join(target.Close(), c.syncNames()); err != nil {
 		p.newline()
 		return err
 	}
@@ -309,7 +309,7 @@ func (c *conversion) openTarget(ctx context.Context) (block.Device, error) {
 		target.options = map[string]string{"encrypt.key-secret": id}
 	}
 	o := target.openOptions()
-	o.ReadOnly = false
+	o.ReadOnly, o.DataFile = false, c.creator.dataPath
 	if c.backing != "" {
 		o.Backing = &block.Backing{Name: block.ResolveName(c.target, c.backing), Format: c.backingFormat}
 	}
@@ -369,8 +369,19 @@ func convertError(err error) error {
 		return errorf("error while reading block status: %s", readReason(status.Err))
 	case errors.As(err, &read):
 		return errorf("error while reading at byte %d: %s", read.Off, readReason(read.Err))
+	case errors.As(err, &write) && errors.Is(write.Err, qcow2.ErrDataFile):
+		return errorf("error while writing at byte %d: Operation not supported", write.Off)
 	case errors.As(err, &write):
 		return errorf("error while writing at byte %d: %s", write.Off, readReason(write.Err))
+	}
+	return err
+}
+
+// syncNames makes the names of the target and of its data file durable.
+func (c *conversion) syncNames() error {
+	err := syncFolder(c.target)
+	if c.creator.dataPath != "" {
+		err = errors.Join(err, syncFolder(c.creator.dataPath))
 	}
 	return err
 }

@@ -56,6 +56,9 @@ type creator struct {
 	options map[string]string
 	objects objectFlags
 	secrets secrets
+
+	dataPath  string // of the external data file; "" for none
+	measuring bool   // no image is to be made
 }
 
 // createOption describes an option of a format. The order of a format's options is that in which they are reported.
@@ -66,8 +69,16 @@ type createOption struct {
 
 var rawOptions = []createOption{
 	{"size", "size", "Virtual disk size", ""},
+	nocowOption,
 	{"preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)", ""},
+	extentHintOption,
 }
+
+// Hints for the host's file system, which qemu-img has as well. They are understood and have no effect here.
+var (
+	nocowOption      = createOption{"nocow", "bool", "Turn off copy-on-write (valid only on btrfs)", ""}
+	extentHintOption = createOption{"extent_size_hint", "size", "Extent size hint for the image file, 0 to disable", ""}
+)
 
 var qcow2Options = append(slices.Clone(encryptCreateOptions), []createOption{
 	{"cluster_size", "size", "qcow2 cluster size", "65536"},
@@ -78,12 +89,13 @@ var qcow2Options = append(slices.Clone(encryptCreateOptions), []createOption{
 	{"compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])", ""},
 	{"backing_file", "str", "File name of a base image", ""},
 	{"backing_fmt", "str", "Image format of the base image", ""},
+	{"data_file", "str", "File name of an external data file", ""},
+	{"data_file_raw", "bool", "The external data file must stay valid as a raw image", ""},
 	{"lazy_refcounts", "bool", "Postpone refcount updates", "off"},
 	{"refcount_bits", "num", "Width of a reference count entry in bits", "16"},
+	nocowOption,
+	extentHintOption,
 }...)
-
-// notHere are options of qemu-img's qcow2 that this version does not have.
-var notHere = []string{"data_file", "data_file_raw"}
 
 func (c *creator) run(ctx context.Context, args []string) error {
 	known, ok := map[string][]createOption{"raw": rawOptions, "qcow2": qcow2Options}[c.format]
@@ -192,9 +204,6 @@ func (c *creator) setOption(known []createOption, key, value string) error {
 		}
 		c.options[key] = text
 		return nil
-	}
-	if c.format == "qcow2" && slices.Contains(notHere, key) {
-		return errorf("Parameter '%s' is not supported in this version", key)
 	}
 	return errorf("Invalid parameter '%s'", key)
 }
@@ -324,7 +333,7 @@ func (c *creator) describe(known []createOption) string {
 		if !ok {
 			value = o.value
 		}
-		if value != "" {
+		if value != "" || ok {
 			fmt.Fprintf(&b, " %s=%s", o.name, strings.ReplaceAll(value, ",", ",,"))
 		}
 	}
@@ -345,6 +354,9 @@ func (c *creator) printOptions(known []createOption) {
 }
 
 func (c *creator) create(ctx context.Context) error {
+	if err := c.checkHint(); err != nil {
+		return err
+	}
 	if c.format == "raw" {
 		return c.createRaw()
 	}
@@ -354,6 +366,9 @@ func (c *creator) create(ctx context.Context) error {
 	}
 	if err := o.Validate(); err != nil {
 		return err // before an existing file is emptied for nothing
+	}
+	if o.DataFile != "" {
+		return c.createWithData(ctx, o)
 	}
 	file, err := createFile(c.file)
 	if err != nil {
@@ -416,6 +431,7 @@ func (c *creator) qcow2Options() (qcow2.CreateOptions, error) {
 	}
 	for _, step := range []func(*qcow2.CreateOptions) error{
 		c.setEncryption, c.setPreallocation, c.setVersion, c.setCompression, c.setClusterSize, c.checkBacking, c.checkVersion,
+		c.setDataFile, c.checkCompression,
 	} {
 		if err := step(&o); err != nil {
 			return o, err
@@ -513,8 +529,13 @@ func (c *creator) checkVersion(o *qcow2.CreateOptions) error {
 	if o.Version < 3 && o.RefcountBits != 16 {
 		return errorf("Different refcount widths than 16 bits require compatibility level 1.1 or above %s", needs)
 	}
+	return nil
+}
+
+func (c *creator) checkCompression(o *qcow2.CreateOptions) error {
 	if o.Version < 3 && o.CompressionType != qcow2.CompressionZlib {
-		return errorf("Non-zlib compression type is only supported with compatibility level 1.1 and above %s", needs)
+		return errorf("Non-zlib compression type is only supported with compatibility level 1.1 and above " +
+			"(use version=v3 or greater)")
 	}
 	return nil
 }

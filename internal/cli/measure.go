@@ -56,7 +56,7 @@ func (m *measurement) run(ctx context.Context, args []string) (err error) {
 	if err := checkOutput(m.output); err != nil {
 		return err
 	}
-	creator := creator{app: m.app, format: m.format, optionTexts: m.options}
+	creator := creator{app: m.app, format: m.format, optionTexts: m.options, measuring: true}
 	if m.sized {
 		if creator.size, err = parseSize("image size", m.size); err != nil {
 			return err
