@@ -20,8 +20,8 @@ MUTATION_CI = ^(skip-first-sync|skip-last-sync|all-slices-first|reuse-at-once|pu
 
 # All packages but those that have rungs of their own: they run long, or run other programs.
 UNIT      = $$(go list ./... | grep -vE '/test/(interop|hostile|weakness|coverage|nbd|kill|crash|fault|race|soak|vm)$$')
-# The packages with model tests: those whose tests link rapid, which alone know its flags.
-MODELS    = $$(go list -test -f '{{.ImportPath}} {{join .Deps " "}}' ./... | sed -n 's|^\([^ ]*\)\.test .*pgregory.net/rapid.*|\1|p')
+# The packages with model tests drawn by rapid, which alone know its flags.
+MODELS    = ./block ./qcow2/internal/bitmap ./qcow2/internal/format ./test/model
 
 .PHONY: help build test test-long demo bench bench-commands fuzz-long peers format vet staticcheck cross unit race race-long fuzz model \
 	test-vm interop hostile weakness coverage coverage-table crash crash-long fault fio kill soak soak-short mutation mutation-ci clean
@@ -101,6 +101,7 @@ fuzz:
 
 model:
 	go test -count=1 -timeout 10m $(MODELS) -rapid.checks=300
+	go test -count=1 -timeout 10m -run 'TestDeviceContract|TestRandomDamage' ./qcow2 ./qcow2/internal/check -rapid.checks=300
 
 interop: build
 	go test -count=1 -timeout 10m ./test/interop
