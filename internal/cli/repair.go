@@ -21,9 +21,13 @@ func (a *app) repair(ctx context.Context, src *source, flags *checkFlags) (err e
 	if format != "qcow2" {
 		return &exitError{exitNotCheckable, msgNotCheckable}
 	}
-	findings := bufio.NewWriter(a.err) // there may be millions
+	// There may be millions. As stock does, what is repaired is told as that, not as an error first.
+	findings := bufio.NewWriterSize(a.err, 64<<10)
 	o := qcow2.RepairOptions{Mode: qcow2.RepairLeaks, Preview: flags.preview, OnFinding: func(f qcow2.CheckFinding) {
-		fmt.Fprintln(findings, f.Message)
+		if f.Repaired {
+			_, _ = findings.WriteString(f.Message)
+			_ = findings.WriteByte('\n')
+		}
 	}}
 	if flags.repair == "all" {
 		o.Mode = qcow2.RepairAll
@@ -49,10 +53,11 @@ func (a *app) repair(ctx context.Context, src *source, flags *checkFlags) (err e
 
 func (a *app) printRepair(src *source, rep *qcow2.RepairReport, flags *checkFlags) error {
 	human := flags.output != "json" && !flags.quiet
-	if rep.Fixed() {
-		for _, f := range rep.After.Findings { // of the second pass
-			fmt.Fprintln(a.err, f.Message)
-		}
+	for _, f := range rep.After.Findings { // what is left
+		fmt.Fprintln(a.err, f.Message)
+	}
+	if n := rep.After.FindingsDropped; n > 0 {
+		fmt.Fprintf(a.err, "(%d more are not shown)\n", n)
 	}
 	if human && rep.Fixed() {
 		verb, end := "repaired", "Double checking the fixed image now..."
