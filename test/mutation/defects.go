@@ -143,7 +143,7 @@ var Defects = []Defect{
 	{"advance-with-requests", "the epoch advances past running requests", epoch,
 		"	if !e.drained((epoch + 1) & 1) {", "	if !e.drained((epoch+1)&1) && epoch == 0 {"},
 	{"punch-after-free", "a hole is punched in a cluster that somebody else may own by then", store,
-		"			if s.pass.Passes(r.Cause) {\n				// A failed", `			if r.Punch {
+		"			if s.pass.Passes(r.Cause) {\n				// A failed", `			if s.pass.Passes(r.Cause) {
 				if err := s.Refs.Apply(run); err != nil {
 					return r, err
 				}
