@@ -87,7 +87,7 @@ func (e *bitmapEdit) commit(list []format.Bitmap) error {
 		ext = &format.BitmapsExt{Count: uint32(len(list)), DirectorySize: uint64(len(b)), DirectoryOffset: at}
 	}
 	if old := im.hdr.Bitmaps; old != nil {
-		if err := e.freeRun(clustersOf(im.lay, old.DirectoryOffset, int64(old.DirectorySize)), meta.BitmapDirectory); err != nil {
+		if err := e.freeRun(meta.ClustersOf(im.lay, old.DirectoryOffset, int64(old.DirectorySize)), meta.BitmapDirectory); err != nil {
 			return err
 		}
 	}
@@ -142,10 +142,6 @@ func setBitmapsExt(h *format.Header, ext *format.BitmapsExt) {
 	}
 }
 
-func clustersOf(lay format.Layout, off format.HostOff, n int64) meta.ClusterRun {
-	return meta.ClusterRun{First: lay.Cluster(off), N: lay.ClustersFor(n)}
-}
-
 // freeRun gives clusters up when the new directory is in place: those that are counted once, and lie in none of the image's
 // other structures. Others are not this bitmap's alone, whatever its table says, and stay for a repair.
 func (e *bitmapEdit) freeRun(r meta.ClusterRun, but meta.Structure) error {
@@ -179,7 +175,7 @@ func (e *bitmapEdit) freeCluster(entry format.BitmapEntry) error {
 
 // freeTable gives up a bitmap's table, without what it names.
 func (e *bitmapEdit) freeTable(m *dirtyBitmap) error {
-	return e.freeRun(clustersOf(e.im.lay, m.TableOffset, int64(m.TableSize)*8), 0)
+	return e.freeRun(meta.ClustersOf(e.im.lay, m.TableOffset, int64(m.TableSize)*8), 0)
 }
 
 // freeBitmap gives up a bitmap's table and bits.

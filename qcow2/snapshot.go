@@ -275,7 +275,7 @@ func (im *Image) snapshotTableRun() (meta.ClusterRun, error) {
 	if err != nil || size == 0 {
 		return meta.ClusterRun{}, err
 	}
-	return meta.ClusterRun{First: im.lay.Cluster(im.hdr.SnapshotsOffset), N: im.lay.ClustersFor(size)}, nil
+	return meta.ClustersOf(im.lay, im.hdr.SnapshotsOffset, size), nil
 }
 
 // DeleteSnapshot removes a snapshot, given by ID or name, and frees what it alone held.
@@ -311,8 +311,8 @@ func (im *Image) deleteSnapshot(ctx context.Context, list []format.Snapshot, i i
 		return halfDone(err)
 	}
 	if gone.L1Size > 0 {
-		im.meta.Refs.Retire(meta.Retired{Cause: meta.CauseSnapshot, ClusterRun: meta.ClusterRun{
-			First: im.lay.Cluster(gone.L1Offset), N: im.lay.ClustersFor(int64(gone.L1Size) * 8)}})
+		run := meta.ClustersOf(im.lay, gone.L1Offset, int64(gone.L1Size)*8)
+		im.meta.Refs.Retire(meta.Retired{Cause: meta.CauseSnapshot, ClusterRun: run})
 	}
 	return halfDone(im.fixActive(ctx))
 }
@@ -426,7 +426,7 @@ func (im *Image) applySnapshot(ctx context.Context, s *format.Snapshot) (err err
 // switchL1 has the header name another L1 table and disk size, in one write within one sector, and lets go of the old
 // table's clusters.
 func (im *Image) switchL1(undo *undoList, size uint64, entries uint32, off format.HostOff) error {
-	old := meta.ClusterRun{First: im.lay.Cluster(im.hdr.L1Offset), N: im.lay.ClustersFor(int64(im.hdr.L1Size) * 8)}
+	old := meta.ClustersOf(im.lay, im.hdr.L1Offset, int64(im.hdr.L1Size)*8)
 	b := format.EncodeSizeAndL1(size, im.hdr.CryptMethod, entries, off)
 	err := im.writeField(format.OffSize, b[:])
 	undo.forget() // also after a failure, as in switchSnapshots

@@ -15,7 +15,6 @@ const (
 
 // Sense keys (SPC-4, table 56).
 const (
-	keyNoSense        = 0x0
 	keyNotReady       = 0x2
 	keyMediumError    = 0x3
 	keyHardwareError  = 0x4
@@ -31,7 +30,6 @@ type code uint16
 
 // The additional sense codes that a Unit returns.
 const (
-	codeNone                 code = 0x0000
 	codeSanitizeInProgress   code = 0x041B
 	codeStandby              code = 0x040B
 	codeUnavailable          code = 0x040C
@@ -42,7 +40,6 @@ const (
 	codeInvalidOpcode        code = 0x2000
 	codeLBAOutOfRange        code = 0x2100
 	codeInvalidField         code = 0x2400
-	codeUnsupportedLUN       code = 0x2500
 	codeInvalidParameter     code = 0x2600
 	codeTooManyTargets       code = 0x2606
 	codeUnknownTargetType    code = 0x2607
@@ -51,7 +48,6 @@ const (
 	codeWriteProtected       code = 0x2700
 	codeSpaceExhausted       code = 0x2707
 	codePowerOn              code = 0x2900
-	codeModeChanged          code = 0x2A01
 	codeCapacityChanged      code = 0x2A09
 	codeSavingNotSupported   code = 0x3900
 	codeInternalFailure      code = 0x4400

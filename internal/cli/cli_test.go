@@ -342,14 +342,10 @@ func TestCreateOptionsHelp(t *testing.T) {
 	}
 }
 
-// TestLockedImage: an image in use is refused by every command, in qemu-img's words, and survives a create.
-func TestLockedImage(t *testing.T) {
-	images(t)
-	before, err := os.ReadFile("base")
-	if err != nil {
-		t.Fatal(err)
-	}
-	hold := exec.Command("qemu-io", "-f", "qcow2", "base")
+// holdOpen has qemu-io hold an image open for writing. It returns how to let go of it.
+func holdOpen(t *testing.T, image string) (release func()) {
+	t.Helper()
+	hold := exec.Command("qemu-io", "-f", "qcow2", image)
 	in, err := hold.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -361,17 +357,28 @@ func TestLockedImage(t *testing.T) {
 	if err := hold.Start(); err != nil {
 		t.Skip("qemu-io is not installed")
 	}
-	defer func() {
+	release = func() {
 		if err := in.Close(); err != nil {
 			t.Error(err)
 		}
 		if err := hold.Wait(); err != nil {
 			t.Error(err)
 		}
-	}()
+	}
 	if _, err := out.Read(make([]byte, 8)); err != nil { // the prompt: the image is open
 		t.Fatal(err)
 	}
+	return release
+}
+
+// TestLockedImage: an image in use is refused by every command, in qemu-img's words, and survives a create.
+func TestLockedImage(t *testing.T) {
+	images(t)
+	before, err := os.ReadFile("base")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer holdOpen(t, "base")()
 	for _, args := range [][]string{
 		{"info", "base"}, {"map", "base"}, {"check", "base"}, {"info", "-U", "base"}, {"map", "-U", "base"},
 		{"check", "-U", "base"},

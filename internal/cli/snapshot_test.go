@@ -3,7 +3,6 @@ package cli
 import (
 	"encoding/json"
 	"os"
-	"os/exec"
 	"regexp"
 	"strings"
 	"testing"
@@ -98,29 +97,7 @@ func TestSnapshotOfLockedImage(t *testing.T) {
 	t.Chdir(t.TempDir())
 	mustTool(t, "qemu-img", "create", "-q", "-f", "qcow2", "disk", "1M")
 	mustTool(t, "qemu-img", "snapshot", "-c", "one", "disk")
-	hold := exec.Command("qemu-io", "-f", "qcow2", "disk")
-	in, err := hold.StdinPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := hold.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := hold.Start(); err != nil {
-		t.Skip("qemu-io is not installed")
-	}
-	defer func() {
-		if err := in.Close(); err != nil {
-			t.Error(err)
-		}
-		if err := hold.Wait(); err != nil {
-			t.Error(err)
-		}
-	}()
-	if _, err := out.Read(make([]byte, 8)); err != nil { // the prompt: the image is open
-		t.Fatal(err)
-	}
+	defer holdOpen(t, "disk")()
 	for _, args := range [][]string{
 		{"-l", "disk"}, {"-U", "-l", "disk"}, {"-c", "x", "disk"}, {"-d", "one", "disk"}, {"-a", "one", "disk"},
 	} {

@@ -193,7 +193,7 @@ var Defects = []Defect{
 	{"corrupt-marked-in-memory", "the disk does not say that impossible metadata was met", corrupt,
 		"	if err := s.wreck.write(); err != nil {\n		return err\n	}\n", ""},
 	{"corrupt-frees", "an image that was marked corrupt still frees clusters", store,
-		"	if n == 0 || s.Corrupt() != nil {\n", "	if n == 0 {\n"},
+		"	if !s.unfreed() || s.Corrupt() != nil {\n", "	if !s.unfreed() {\n"},
 	{"corrupt-from-below", "a damaged backing file has the image above it marked corrupt", judge,
 		"	case *belowError:\n		return nil\n", ""},
 	{"corrupt-closes-clean", "the dirty bit of an image that was marked corrupt goes at close", dirty,

@@ -54,10 +54,7 @@ func (s *Store) MarkClean() error {
 
 // unmark takes the mark away when nothing is left that would make the counts wrong. What could not be freed does.
 func (s *Store) unmark() error {
-	s.settledMu.Lock()
-	left := len(s.settled)
-	s.settledMu.Unlock()
-	if !s.mark.on.Load() || s.mark.stays || left > 0 || s.Corrupt() != nil {
+	if !s.mark.on.Load() || s.mark.stays || s.unfreed() || s.Corrupt() != nil {
 		return nil
 	}
 	if err := s.mark.write(false); err != nil {

@@ -463,7 +463,7 @@ func (m *Mapping) ownTable(chunk *l1Chunk, l1 int64) (*table, error) {
 	if e.Offset() != 0 && e.Copied() {
 		return m.tableLocked(chunk, l1)
 	}
-	if err := m.guard(clustersOf(m.lay, m.l1Off+format.HostOff(l1*8), 8), ActiveL1); err != nil {
+	if err := m.guard(ClustersOf(m.lay, m.l1Off+format.HostOff(l1*8), 8), ActiveL1); err != nil {
 		return nil, err
 	}
 	run, virgin, err := m.rc.Alloc(1)

@@ -397,7 +397,8 @@ func (s *Store) guardClusters(r ClusterRun, but Structure) error {
 
 func (r ClusterRun) overlaps(o ClusterRun) bool { return r.First < o.End() && o.First < r.End() }
 
-func clustersOf(lay format.Layout, off format.HostOff, n int64) ClusterRun {
+// ClustersOf returns the clusters that n bytes at a host offset lie in.
+func ClustersOf(lay format.Layout, off format.HostOff, n int64) ClusterRun {
 	if n == 0 {
 		return ClusterRun{lay.Cluster(off), 0}
 	}
@@ -412,14 +413,14 @@ func (s *Store) openPlaces(c Config, refs *Refcounts) {
 	lay := c.Layout
 	p.runs = append(p.runs,
 		placedRun{ClusterRun{0, 1}, MainHeader},
-		placedRun{clustersOf(lay, c.KeysOff, c.KeysSize), MainHeader}, // as precious: without its keys an image is lost
-		placedRun{clustersOf(lay, c.L1Off, c.L1Len*8), ActiveL1},
-		placedRun{clustersOf(lay, c.RefTableOff, c.RefTableLen*lay.ClusterSize()), RefcountTable},
-		placedRun{clustersOf(lay, c.SnapshotsOff, c.SnapshotsSize), SnapshotTable},
-		placedRun{clustersOf(lay, c.BitmapsOff, c.BitmapsSize), BitmapDirectory},
+		placedRun{ClustersOf(lay, c.KeysOff, c.KeysSize), MainHeader}, // as precious: without its keys an image is lost
+		placedRun{ClustersOf(lay, c.L1Off, c.L1Len*8), ActiveL1},
+		placedRun{ClustersOf(lay, c.RefTableOff, c.RefTableLen*lay.ClusterSize()), RefcountTable},
+		placedRun{ClustersOf(lay, c.SnapshotsOff, c.SnapshotsSize), SnapshotTable},
+		placedRun{ClustersOf(lay, c.BitmapsOff, c.BitmapsSize), BitmapDirectory},
 	)
 	for _, t := range c.InactiveL1 {
-		p.runs = append(p.runs, placedRun{clustersOf(lay, t.Off, t.Len*8), InactiveL1})
+		p.runs = append(p.runs, placedRun{ClustersOf(lay, t.Off, t.Len*8), InactiveL1})
 	}
 	p.runs = slices.DeleteFunc(p.runs, func(r placedRun) bool { return p.on&r.kind == 0 || r.N <= 0 })
 	p.flatten()
@@ -439,9 +440,9 @@ func (s *Store) openPlaces(c Config, refs *Refcounts) {
 func distinct(c Config) error {
 	runs := []placedRun{
 		{ClusterRun{0, 1}, MainHeader},
-		{clustersOf(c.Layout, c.L1Off, c.L1Len*8), ActiveL1},
-		{clustersOf(c.Layout, c.SnapshotsOff, c.SnapshotsSize), SnapshotTable},
-		{clustersOf(c.Layout, c.RefTableOff, c.RefTableLen*c.Layout.ClusterSize()), RefcountTable},
+		{ClustersOf(c.Layout, c.L1Off, c.L1Len*8), ActiveL1},
+		{ClustersOf(c.Layout, c.SnapshotsOff, c.SnapshotsSize), SnapshotTable},
+		{ClustersOf(c.Layout, c.RefTableOff, c.RefTableLen*c.Layout.ClusterSize()), RefcountTable},
 	}
 	for i, r := range runs {
 		for _, o := range runs[:i] {
@@ -455,7 +456,7 @@ func distinct(c Config) error {
 
 // SetBitmapDirectory notes where the bitmap directory lies now; n is 0 when there is none.
 func (s *Store) SetBitmapDirectory(off format.HostOff, n int64) {
-	s.places.replace(BitmapDirectory, clustersOf(s.Layout, off, n))
+	s.places.replace(BitmapDirectory, ClustersOf(s.Layout, off, n))
 }
 
 // findTables notes where the L2 tables lie, once, before the first change. What it reads is bounded by what the file holds:

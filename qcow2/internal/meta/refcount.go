@@ -415,7 +415,7 @@ func (rc *Refcounts) addBlock(b int) error {
 	if err := rc.guard(ClusterRun{at, 1}, 0); err != nil {
 		return err
 	}
-	if err := rc.guard(clustersOf(rc.lay, rc.tableOff+format.HostOff(b*8), 8), RefcountTable); err != nil {
+	if err := rc.guard(ClustersOf(rc.lay, rc.tableOff+format.HostOff(b*8), 8), RefcountTable); err != nil {
 		return err
 	}
 	rc.installBlock(b, rc.lay.Offset(at))

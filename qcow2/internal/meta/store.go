@@ -262,12 +262,16 @@ func (s *Store) flushGated() error {
 	return s.reclaimMarked()
 }
 
+// unfreed reports whether references whose removal is durable still count.
+func (s *Store) unfreed() bool {
+	s.settledMu.Lock()
+	defer s.settledMu.Unlock()
+	return len(s.settled) > 0
+}
+
 // reclaimMarked frees what can be freed. Where the counts that go down stay in memory, the disk must say so first.
 func (s *Store) reclaimMarked() error {
-	s.settledMu.Lock()
-	n := len(s.settled)
-	s.settledMu.Unlock()
-	if n == 0 || s.Corrupt() != nil {
+	if !s.unfreed() || s.Corrupt() != nil {
 		return nil
 	}
 	if s.mark.lazy {
