@@ -10,6 +10,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -18,11 +20,38 @@ import (
 	_ "github.com/droverproject/drover/qcow2" // registers the format
 )
 
+// program is the name of this program. It may be started under those of others.
 const program = "drover"
 
 // app is one run of the program.
 type app struct {
+	name     string // under which it was started: it stands before every message
+	in       io.Reader
 	out, err io.Writer
+}
+
+// personality is the program that drover is when it is started under that program's name.
+type personality struct {
+	name string
+	run  func(a *app, ctx context.Context, args []string) error
+}
+
+// personalities are the names that drover answers to. Under any other it is itself.
+func personalities() []personality {
+	return []personality{
+		{program, (*app).runDrover},
+		{"qemu-img", (*app).runQemuImg},
+	}
+}
+
+// Main runs the program under the name that it was started by, as busybox does: a link called qemu-img makes it behave as
+// qemu-img. It returns the exit code.
+func Main(ctx context.Context, argv0 string, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	base := strings.TrimSuffix(filepath.Base(argv0), ".exe")
+	all := personalities()
+	i := max(0, slices.IndexFunc(all, func(p personality) bool { return p.name == base }))
+	a := &app{name: all[i].name, in: stdin, out: stdout, err: stderr}
+	return a.end(all[i].run(a, ctx, args))
 }
 
 // exitError ends the program with a code of its own. An empty message says that everything has been said.
@@ -44,12 +73,22 @@ func usagef(format string, args ...any) error { return &usageError{fmt.Sprintf(f
 // the custom of this language: scripts and people know them as they are.
 func errorf(format string, args ...any) error { return fmt.Errorf(format, args...) }
 
-// Run runs the program with the given arguments (without its name) and returns its exit code.
+// Run runs drover under its own name with the given arguments (without the name) and returns its exit code.
 func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	a := &app{out: stdout, err: stderr}
-	root := a.rootCommand()
+	return Main(ctx, program, args, strings.NewReader(""), stdout, stderr)
+}
+
+func (a *app) runDrover(ctx context.Context, args []string) error {
+	return a.execute(ctx, a.rootCommand(), args)
+}
+
+func (a *app) execute(ctx context.Context, root *cobra.Command, args []string) error {
 	root.SetArgs(args)
-	err := root.ExecuteContext(ctx)
+	return root.ExecuteContext(ctx)
+}
+
+// end tells the user what went wrong, if anything, and returns the exit code.
+func (a *app) end(err error) int {
 	if err == nil {
 		return 0
 	}
@@ -58,19 +97,42 @@ func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if errors.As(err, &exit) {
 		code = exit.code
 	}
-	if msg := err.Error(); msg != "" {
-		a.say("%s", msg)
-	}
+	a.tell(err)
 	var usage *usageError
 	if errors.As(err, &usage) {
-		fmt.Fprintf(a.err, "Try '%s --help' for more information\n", program)
+		fmt.Fprintf(a.err, "Try '%s --help' for more information\n", a.name)
 	}
 	return code
 }
 
+// tell writes an error, or each of several.
+func (a *app) tell(err error) {
+	var many *messages
+	if errors.As(err, &many) {
+		for _, e := range many.errs {
+			a.tell(e)
+		}
+		return
+	}
+	if msg := err.Error(); msg != "" {
+		a.say("%s", msg)
+	}
+}
+
+// messages are several errors, each of which is told in a line of its own that begins with the program's name.
+type messages struct{ errs []error }
+
+func (m *messages) Error() string   { return errors.Join(m.errs...).Error() }
+func (m *messages) Unwrap() []error { return m.errs }
+
+// thenf adds a message after an error.
+func thenf(err error, format string, args ...any) error {
+	return &messages{[]error{err, errorf(format, args...)}}
+}
+
 // say writes a message for the user to standard error.
 func (a *app) say(format string, args ...any) {
-	fmt.Fprintf(a.err, program+": "+format+"\n", args...)
+	fmt.Fprintf(a.err, a.name+": "+format+"\n", args...)
 }
 
 // printf writes output.
@@ -139,13 +201,20 @@ otherwise.`,
 			return c.Help()
 		},
 	})
-	root.AddCommand(a.createCommand(), a.infoCommand(), a.checkCommand(), a.mapCommand(), a.snapshotCommand(), a.bitmapCommand(),
-		a.compareCommand(), a.convertCommand(), a.measureCommand(), a.ddCommand(), a.resizeCommand(), a.amendCommand(), a.rebaseCommand(),
-		a.serveCommand(), a.tcmuCommand(), a.versionCommand())
+	root.AddCommand(a.imageCommands()...)
+	root.AddCommand(a.serveCommand(), a.tcmuCommand(), a.versionCommand())
 	for _, c := range root.Commands() {
 		c.Flags().SortFlags = false
 	}
 	return root
+}
+
+// imageCommands are those that qemu-img has too.
+func (a *app) imageCommands() []*cobra.Command {
+	return []*cobra.Command{
+		a.amendCommand(), a.bitmapCommand(), a.checkCommand(), a.compareCommand(), a.convertCommand(), a.createCommand(), a.ddCommand(),
+		a.infoCommand(), a.mapCommand(), a.measureCommand(), a.rebaseCommand(), a.resizeCommand(), a.snapshotCommand(),
+	}
 }
 
 // flagError says what is wrong with a flag in the words of getopt, which qemu-img uses.

@@ -84,7 +84,7 @@ func (m *measurement) run(ctx context.Context, args []string) (err error) {
 		return errorf("Unknown file format '%s'", m.format)
 	}
 	if err := creator.parseOptions(known); err != nil {
-		return errorf("%w\n"+program+": Invalid options for file format '%s'", err, m.format)
+		return thenf(err, "Invalid options for file format '%s'", m.format)
 	}
 	result, err := measure(ctx, dev, whole, &creator)
 	if err != nil {

@@ -160,9 +160,9 @@ func (r *resizer) allowed(old, size int64, mode qcow2.Preallocation) error {
 		return errorf("Preallocation can only be used for growing images")
 	}
 	if size < old && !r.shrink {
-		return errorf("Use the --shrink option to perform a shrink operation.\n" +
-			program + ": warning: Shrinking an image will delete all data beyond the shrunken image's end. " +
-			"Before performing such an operation, make sure there is no important data there.")
+		return thenf(errorf("Use the --shrink option to perform a shrink operation."),
+			"warning: Shrinking an image will delete all data beyond the shrunken image's end. "+
+				"Before performing such an operation, make sure there is no important data there.")
 	}
 	return nil
 }

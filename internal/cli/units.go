@@ -26,6 +26,6 @@ func parseSize(what, text string) (int64, error) {
 	case errors.Is(err, block.ErrSizeRange):
 		return 0, errorf("Invalid %s specified. Must be between 0 and %d.", what, int64(math.MaxInt64))
 	}
-	return 0, errorf("Invalid %s specified. You may use k, M, G, T, P or E suffixes for\n"+
-		program+": kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.", what)
+	return 0, thenf(errorf("Invalid %s specified. You may use k, M, G, T, P or E suffixes for", what),
+		"kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.")
 }
