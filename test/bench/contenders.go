@@ -149,3 +149,18 @@ func (s *server) cpuTime() (time.Duration, error) {
 	const tick = 10 * time.Millisecond // USER_HZ is 100 on every platform that fio and these servers run on
 	return time.Duration(user+system) * tick, nil
 }
+
+// peakMemory returns the highest resident memory of the server so far, in MiB.
+func (s *server) peakMemory() (float64, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(data)) {
+		var kib float64
+		if n, _ := fmt.Sscanf(line, "VmHWM: %f kB", &kib); n == 1 {
+			return kib / 1024, nil
+		}
+	}
+	return 0, errors.New("/proc/PID/status has no VmHWM")
+}

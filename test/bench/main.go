@@ -16,11 +16,9 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"regexp"
 	"runtime"
 	"strings"
@@ -122,87 +120,39 @@ func selectCases(expr string) ([]workload, error) {
 }
 
 func measure(ctx context.Context, cfg config) ([]result, error) {
-	pattern := filepath.Join(cfg.dir, "pattern.raw")
-	if err := writePattern(pattern, int64(cfg.sizeMiB)<<20); err != nil {
-		return nil, fmt.Errorf("making the disk's content: %w", err)
-	}
-	defer os.Remove(pattern)
 	var results []result
 	for _, w := range cfg.cases {
 		res := result{Case: w.Name}
+		var able []contender
 		for _, c := range cfg.contenders {
-			if err := prepare(ctx, cfg, c, pattern); err != nil {
+			if !w.Disk.suits(c) {
+				continue
+			}
+			able = append(able, c)
+			if err := w.Disk.prepare(ctx, cfg, c); err != nil {
 				return nil, fmt.Errorf("preparing the image of %s: %w", c.name, err)
 			}
 		}
 		for round := range cfg.rounds {
-			for i := range cfg.contenders {
+			for i := range able {
 				// Who begins changes from round to round.
-				c := cfg.contenders[(i+round)%len(cfg.contenders)]
+				c := able[(i+round)%len(able)]
 				s, err := runOnce(ctx, cfg, c, w)
 				if err != nil {
 					return nil, fmt.Errorf("%s with %s: %w", w.Name, c.name, err)
 				}
 				s.Contender, s.Round = c.name, round
 				res.Samples = append(res.Samples, s)
-				fmt.Fprintf(os.Stderr, "%-28s round %d  %-18s %9.0f op/s  %8.2f us CPU/op\n", w.Name, round+1, c.name,
-					s.OpsPerSecond, s.CPUMicrosPerOp)
+				fmt.Fprintf(os.Stderr, "%-36s round %d  %-18s %9.0f op/s  %8.2f us CPU/op  %6.1f MiB  %7.2f KiB of host disk/op\n", w.Name,
+					round+1, c.name, s.OpsPerSecond, s.CPUMicrosPerOp, s.MemoryMiB, s.HostKiBPerOp)
 			}
 		}
 		results = append(results, res)
-	}
-	for _, c := range cfg.contenders {
-		os.Remove(c.image(cfg.dir))
+		for _, c := range able {
+			os.Remove(c.image(cfg.dir))
+		}
 	}
 	return results, nil
-}
-
-// prepare makes the contender's image and rewrites its file in 4 KiB steps.
-func prepare(ctx context.Context, cfg config, c contender, pattern string) error {
-	image := c.image(cfg.dir)
-	if c.format == "raw" {
-		return rewrite4K(pattern, image)
-	}
-	made := image + ".made"
-	defer os.Remove(made)
-	if err := command(ctx, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-S", "0", pattern, made); err != nil {
-		return err
-	}
-	return rewrite4K(made, image)
-}
-
-// rewrite4K copies a file in writes of 4 KiB, which leaves its page cache in small pieces, and waits for the disk, so
-// that write-back of the preparation does not run into the measurement.
-func rewrite4K(from, to string) error {
-	in, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	if err := os.Remove(to); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	out, err := os.Create(to)
-	if err != nil {
-		return err
-	}
-	// The wrappers hide ReadFrom and WriteTo, which would copy in larger pieces.
-	_, err = io.CopyBuffer(struct{ io.Writer }{out}, struct{ io.Reader }{in}, make([]byte, 4096))
-	if err == nil {
-		err = out.Sync()
-	}
-	return errors.Join(err, out.Close())
-}
-
-// warm reads a file once, so that it is in the page cache. The reads are small for the reason given at rewrite4K.
-func warm(name string) error {
-	f, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	_, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{f}, make([]byte, 4096))
-	return err
 }
 
 func command(ctx context.Context, name string, args ...string) error {

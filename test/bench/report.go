@@ -15,15 +15,21 @@ func markdownReport(cfg config, results []result, machine string) string {
 	fmt.Fprintf(&b, "%d rounds of %g s for each case and server, alternating; disk of %d MiB in the page cache; unix socket.\n",
 		cfg.rounds, cfg.seconds, cfg.sizeMiB)
 	fmt.Fprintf(&b, "Medians over the rounds. Ratios are to %s in the same round: median (lowest to highest).\n\n", base)
-	fmt.Fprintln(&b, "| case | server | op/s | op/s ratio | server CPU µs/op | CPU ratio |")
-	fmt.Fprintln(&b, "| --- | --- | ---: | ---: | ---: | ---: |")
+	fmt.Fprintln(&b, "| case | server | op/s | op/s ratio | server CPU µs/op | CPU ratio | peak MiB | host KiB/op |")
+	fmt.Fprintln(&b, "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
 	for _, res := range results {
 		for _, c := range cfg.contenders {
 			speed := func(s sample) float64 { return s.OpsPerSecond }
 			cost := func(s sample) float64 { return s.CPUMicrosPerOp }
-			fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s |\n", res.Case, c.name,
+			if len(res.values(c.name, speed)) == 0 {
+				continue // it cannot serve such a disk
+			}
+			memory := func(s sample) float64 { return s.MemoryMiB }
+			space := func(s sample) float64 { return s.HostKiBPerOp }
+			fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s | %s | %s |\n", res.Case, c.name,
 				figure(median(res.values(c.name, speed))), ratioText(res.ratios(c.name, base, speed), c.name == base),
-				figure(median(res.values(c.name, cost))), ratioText(res.ratios(c.name, base, cost), c.name == base))
+				figure(median(res.values(c.name, cost))), ratioText(res.ratios(c.name, base, cost), c.name == base),
+				figure(median(res.values(c.name, memory))), figure(median(res.values(c.name, space))))
 		}
 	}
 	return b.String()

@@ -6,8 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math/rand/v2"
-	"os"
 	"os/exec"
 )
 
@@ -18,6 +16,9 @@ type workload struct {
 	Block string
 	Depth int
 	Conns int
+	Disk  disk
+	Align string // of the offsets, where it is not the block's size
+	Fsync int    // writes between two flushes; 0 is none
 }
 
 func workloads() []workload {
@@ -25,16 +26,26 @@ func workloads() []workload {
 	for _, rw := range []string{"randread", "randwrite"} {
 		for _, conns := range []int{1, 4} {
 			for _, depth := range []int{1, 16, 64} {
-				all = append(all, workload{fmt.Sprintf("4k-%s-qd%d-x%d", rw, depth, conns), rw, "4k", depth, conns})
+				all = append(all, workload{Name: fmt.Sprintf("4k-%s-qd%d-x%d", rw, depth, conns), RW: rw, Block: "4k", Depth: depth, Conns: conns})
 			}
 		}
 	}
 	for _, rw := range []string{"read", "write"} {
 		for _, conns := range []int{1, 4} {
-			all = append(all, workload{fmt.Sprintf("1m-%s-qd8-x%d", rw, conns), rw, "1m", 8, conns})
+			all = append(all, workload{Name: fmt.Sprintf("1m-%s-qd8-x%d", rw, conns), RW: rw, Block: "1m", Depth: 8, Conns: conns})
 		}
 	}
-	return all
+	// Every write goes to a cluster that no earlier one has allocated, but for a few that chance repeats.
+	alloc := workload{Name: "alloc-4k-randwrite-qd16-x1", RW: "randwrite", Block: "4k", Depth: 16, Conns: 1, Disk: diskFresh, Align: "64k"}
+	flushed := alloc
+	flushed.Name, flushed.Fsync = "alloc-4k-randwrite-qd16-fsync32-x1", 32
+	stream := workload{Name: "alloc-1m-write-qd8-x1", RW: "write", Block: "1m", Depth: 8, Conns: 1, Disk: diskFresh}
+	scattered := workload{Name: "scattered-4k-randread-qd1-x1", RW: "randread", Block: "4k", Depth: 1, Conns: 1, Disk: diskScattered, Align: scatterStride}
+	deep := scattered
+	deep.Name, deep.Depth = "scattered-4k-randread-qd16-x1", 16
+	return append(all, alloc, flushed, stream, scattered, deep,
+		workload{Name: "zlib-4k-read-qd1-x1", RW: "read", Block: "4k", Depth: 1, Conns: 1, Disk: diskZlib},
+		workload{Name: "zlib-1m-read-qd8-x1", RW: "read", Block: "1m", Depth: 8, Conns: 1, Disk: diskZlib})
 }
 
 // sample is what one run measured.
@@ -44,6 +55,8 @@ type sample struct {
 	Ops            int64   `json:"ops"`
 	OpsPerSecond   float64 `json:"ops_per_second"`
 	CPUMicrosPerOp float64 `json:"server_cpu_us_per_op"`
+	MemoryMiB      float64 `json:"server_peak_mib"` // resident memory at its highest
+	HostKiBPerOp   float64 `json:"host_kib_per_op"` // by which the image's file grew on the host
 }
 
 type result struct {
@@ -53,14 +66,23 @@ type result struct {
 
 // runOnce starts the contender, loads it, and stops it.
 func runOnce(ctx context.Context, cfg config, c contender, w workload) (s sample, err error) {
-	if err := warm(c.image(cfg.dir)); err != nil {
+	if err := w.Disk.beforeRun(ctx, cfg, c); err != nil {
+		return s, err
+	}
+	used, err := allocated(c.image(cfg.dir))
+	if err != nil {
 		return s, err
 	}
 	srv, err := start(ctx, cfg, c)
 	if err != nil {
 		return s, err
 	}
-	defer func() { err = errors.Join(err, srv.stop()) }()
+	ended := false
+	defer func() {
+		if !ended {
+			err = errors.Join(err, srv.stop())
+		}
+	}()
 
 	before, err := srv.cpuTime()
 	if err != nil {
@@ -77,24 +99,40 @@ func runOnce(ctx context.Context, cfg config, c contender, w workload) (s sample
 	if ops == 0 {
 		return s, errors.New("fio did no operation")
 	}
-	return sample{
+	s = sample{
 		Ops:            ops,
 		OpsPerSecond:   float64(ops) / seconds,
 		CPUMicrosPerOp: float64((after - before).Microseconds()) / float64(ops),
-	}, nil
+	}
+	if s.MemoryMiB, err = srv.peakMemory(); err != nil {
+		return s, err
+	}
+	ended = true
+	if err := srv.stop(); err != nil { // the image is whole after this only
+		return s, err
+	}
+	now, err := allocated(c.image(cfg.dir))
+	s.HostKiBPerOp = float64(now-used) / 1024 / float64(ops)
+	return s, err
 }
 
 // load runs fio and returns how many operations it did in how many seconds.
 func load(ctx context.Context, cfg config, socket string, w workload) (ops int64, seconds float64, err error) {
 	args := []string{"--name=" + w.Name, "--ioengine=nbd", "--uri=nbd+unix:///?socket=" + socket, "--thread",
 		"--group_reporting", "--output-format=json", "--rw=" + w.RW, "--bs=" + w.Block, fmt.Sprintf("--iodepth=%d", w.Depth),
-		fmt.Sprintf("--numjobs=%d", w.Conns), fmt.Sprintf("--size=%dm", cfg.sizeMiB), "--time_based",
+		fmt.Sprintf("--numjobs=%d", w.Conns), fmt.Sprintf("--size=%d", w.Disk.size(cfg)), "--time_based",
 		fmt.Sprintf("--runtime=%dms", int(cfg.seconds*1000)), "--norandommap", "--scramble_buffers=0", "--invalidate=0",
 		"--randrepeat=0"}
 	if w.Conns > 1 && w.Block == "1m" {
 		// Sequential streams begin apart from each other and stay inside the disk.
 		share := cfg.sizeMiB / w.Conns
 		args = append(args, fmt.Sprintf("--size=%dm", share), fmt.Sprintf("--offset_increment=%dm", share))
+	}
+	if w.Align != "" {
+		args = append(args, "--blockalign="+w.Align)
+	}
+	if w.Fsync > 0 {
+		args = append(args, fmt.Sprintf("--fsync=%d", w.Fsync))
 	}
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, "fio", args...)
@@ -133,19 +171,4 @@ func parseFio(out []byte) (ops int64, seconds float64, err error) {
 		return 0, 0, fmt.Errorf("fio ran for no time:\n%s", out)
 	}
 	return job.Read.TotalIOs + job.Write.TotalIOs, float64(millis) / 1000, nil
-}
-
-// writePattern writes a raw disk without a zero block, so that no server answers from knowing of holes.
-func writePattern(name string, size int64) error {
-	f, err := os.Create(name)
-	if err != nil {
-		return err
-	}
-	rng := rand.NewChaCha8([32]byte{1})
-	buf := make([]byte, 1<<20)
-	for off := int64(0); off < size && err == nil; off += int64(len(buf)) {
-		_, _ = rng.Read(buf) // never fails, as documented
-		_, err = f.WriteAt(buf, off)
-	}
-	return errors.Join(err, f.Close())
 }
