@@ -243,7 +243,10 @@ func (h *handshake) describe(x *export, want [4]bool) error {
 // txFlags are what an export can do for this client. Several connections may be mixed because a device's Flush covers
 // every write that had returned, whoever asked for it.
 func (h *handshake) txFlags(x *export) uint16 {
-	flags := uint16(txHasFlags | txFlush | txFUA | txMultiConn | txCache)
+	flags := uint16(txHasFlags | txFlush | txFUA | txCache)
+	if !x.Advertised.NoMultiConn {
+		flags |= txMultiConn
+	}
 	if x.ReadOnly {
 		flags |= txReadOnly
 	} else {

@@ -418,3 +418,38 @@ type sized struct {
 }
 
 func (d sized) Size() int64 { return d.size }
+
+// TestAdvertised tells clients less, where an export says so.
+func TestAdvertised(t *testing.T) {
+	noLeaks(t)
+	dev := nbdtest.NewDevice(1 << 20)
+	dev.DeviceInfo.PreferAlign = 64 << 10
+	s := start(t, nbd.Options{}, nbd.Export{Device: dev, Advertised: nbd.Advertised{
+		NoDepth: true, NoMultiConn: true, PreferBlock: 4096, MinBlock: 512,
+	}})
+	c := s.dial()
+	if err := c.Info(""); err != nil {
+		t.Fatal(err)
+	}
+	if c.TxFlags&(1<<8) != 0 {
+		t.Errorf("flags %#x promise several connections", c.TxFlags)
+	}
+	if want := [3]uint32{512, 4096, 32 << 20}; c.BlockSizes != want {
+		t.Errorf("block sizes %v, want %v", c.BlockSizes, want)
+	}
+	if err := c.WantStructured(); err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.Meta(nbdtest.OptListMeta, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := got["base:allocation"]; !ok || len(got) != 1 {
+		t.Errorf("contexts %v, want base:allocation only", got)
+	}
+	for _, o := range []nbd.Advertised{{PreferBlock: 3}, {MinBlock: 8192, PreferBlock: 4096}, {MaxBlock: 64 << 20}, {MaxBlock: 6000}} {
+		if err := s.AddExport(nbd.Export{Name: "x", Device: dev, Advertised: o}); err == nil {
+			t.Errorf("%+v is accepted", o)
+		}
+	}
+}

@@ -143,6 +143,19 @@ type Export struct {
 	Allow func(Peer) bool
 	// Contexts are metadata contexts beside base:allocation and qemu:allocation-depth, which every export has.
 	Contexts []Context
+	// Offer changes what clients are told of the export. None of it is needed for their safety.
+	Advertised Advertised
+}
+
+// Advertised is what clients are told of an export, where that differs from what the server would say.
+type Advertised struct {
+	// NoDepth leaves out the context qemu:allocation-depth.
+	NoDepth bool
+	// NoMultiConn leaves it open whether several connections see one another's flushes. They do.
+	NoMultiConn bool
+	// MinBlock, PreferBlock and MaxBlock are block sizes; 0 for that of the server. They must be in order, and powers of
+	// two but for the last, which must be a multiple of the second and no more than Options.MaxRequest.
+	MinBlock, PreferBlock, MaxBlock uint32
 }
 
 // export is an Export in service.
@@ -228,7 +241,7 @@ func newExport(e Export, maxRequest int) (*export, error) {
 	x := &export{
 		Export:   e,
 		size:     e.Device.Size(),
-		contexts: builtinContexts(e.Device),
+		contexts: builtinContexts(e.Device, e.Advertised),
 		conns:    make(map[*conn]struct{}),
 		unused:   make(chan struct{}),
 	}
@@ -243,6 +256,9 @@ func newExport(e Export, maxRequest int) (*export, error) {
 		x.contexts = append(x.contexts, c)
 	}
 	x.block = blockSizes(info, maxRequest)
+	if err := e.Advertised.blockSizes(&x.block, maxRequest); err != nil {
+		return nil, fmt.Errorf("nbd: export %q: %w", e.Name, err)
+	}
 	return x, nil
 }
 
@@ -253,6 +269,20 @@ func blockSizes(info block.Info, maxRequest int) [3]uint32 {
 		prefer *= 2
 	}
 	return [3]uint32{1, uint32(prefer), uint32(maxRequest / prefer * prefer)}
+}
+
+// blockSizes puts the sizes that are given in place of the server's own.
+func (o Advertised) blockSizes(sizes *[3]uint32, maxRequest int) error {
+	for i, n := range [...]uint32{o.MinBlock, o.PreferBlock, o.MaxBlock} {
+		if n != 0 {
+			sizes[i] = n
+		}
+	}
+	lo, prefer, hi := sizes[0], sizes[1], sizes[2]
+	if lo&(lo-1) != 0 || prefer&(prefer-1) != 0 || lo > prefer || prefer > hi || hi%prefer != 0 || uint64(hi) > uint64(maxRequest) {
+		return fmt.Errorf("block sizes %d, %d and %d do not go together", lo, prefer, hi)
+	}
+	return nil
 }
 
 // RemoveExport takes an export from the list, drains its connections as Shutdown does, and returns when nothing uses its

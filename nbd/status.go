@@ -50,11 +50,12 @@ func checkContext(have []Context, c Context) error {
 }
 
 // builtinContexts are the contexts that every device has.
-func builtinContexts(dev block.Device) []Context {
-	return []Context{
-		{Name: "base:allocation", BlockStatus: extentStates(dev, allocationState)},
-		{Name: "qemu:allocation-depth", BlockStatus: extentStates(dev, depthState)},
+func builtinContexts(dev block.Device, o Advertised) []Context {
+	list := []Context{{Name: "base:allocation", BlockStatus: extentStates(dev, allocationState)}}
+	if !o.NoDepth {
+		list = append(list, Context{Name: "qemu:allocation-depth", BlockStatus: extentStates(dev, depthState)})
 	}
+	return list
 }
 
 func allocationState(e block.Extent) uint32 {
