@@ -32,7 +32,8 @@ type FormatOptions struct {
 	// OnCorrupt, if not nil, is called once when the image has been marked corrupt. It must not wait for the image.
 	OnCorrupt func(error)
 	// OpenBacking opens the backing file that the image names (or that the caller put in its place), read-only. format
-	// is what the image says of it, "" when it says nothing. It applies the caller's policy. It returns nil and no
+	// is what the image says of it, "" when it says nothing. A name of "" says that the image names none; the options may.
+	// It applies the caller's policy. It returns nil and no
 	// error when the caller wants the image without its backing: what the image does not hold then reads as zeroes.
 	OpenBacking func(ctx context.Context, name, format string) (Device, error)
 	// OpenDataFile opens the external data file that the image names ("" when it names none).

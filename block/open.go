@@ -1,11 +1,14 @@
 package block
 
+//lint:file-ignore ST1005 the errors about options say what QEMU says of them
+
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -35,6 +38,15 @@ type OpenOptions struct {
 	NoBacking bool     // open the image alone; what it does not hold itself reads as zeroes
 	Backing   *Backing // in place of the backing file that the image names
 	DataFile  string   // in place of the external data file that the image names
+
+	// Node, if not nil, describes the image, in place of its name. Options have no say where it has one.
+	Node Options
+	// Object looks up the objects that options name, by their kind and ID. nil knows none.
+	Object func(kind, id string) (any, error)
+	// Warn, if not nil, is told what QEMU would warn of.
+	Warn func(text string)
+	// IgnoreDiscard: discards have no effect on nodes whose option "discard" is not given.
+	IgnoreDiscard bool
 
 	// Policy judges the files that images name. nil is DenyAll.
 	Policy Policy
@@ -109,6 +121,8 @@ func ProbeFile(file storage.File) (string, error) {
 	return Probe(head), nil
 }
 
+func formatList() string { return strings.Join(Formats(), ", ") }
+
 func lookupFormat(name string) (Format, bool) {
 	formats.mu.RLock()
 	defer formats.mu.RUnlock()
@@ -116,32 +130,54 @@ func lookupFormat(name string) (Format, bool) {
 	return f, ok
 }
 
-// Open opens the image called name and, under o.Policy, the files that it refers to.
+// Open opens the image called name and, under o.Policy, the files that it refers to. With o.Node the name is for messages
+// only.
 func Open(ctx context.Context, name string, o OpenOptions) (Device, error) {
-	path, err := PlainName(name)
+	l, err := newTop(name, &o)
 	if err != nil {
 		return nil, err
 	}
 	if o.ForceShare && !o.ReadOnly {
 		return nil, fmt.Errorf("opening %q: an image can be shared with writers only when it is opened read-only", name)
 	}
-	if o.Policy == nil {
-		o.Policy = DenyAll()
-	}
-	l := layer{o: &o, path: path, grant: Grant{Path: path}, format: o.Format, probe: o.AllowProbe, readOnly: o.ReadOnly}
-	l.top = &l
 	return l.open(ctx)
 }
 
 // OpenFile opens and locks the file called name as Open would, without looking into it.
 func OpenFile(name string, o OpenOptions) (storage.File, error) {
-	path, err := PlainName(name)
+	l, err := newTop(name, &o)
 	if err != nil {
 		return nil, err
 	}
-	l := layer{o: &o, path: path, grant: Grant{Path: path}, readOnly: o.ReadOnly}
-	l.top = &l
-	return l.openFile()
+	return l.openFile(context.Background())
+}
+
+// newTop returns the layer of the image that the user named.
+func newTop(name string, o *OpenOptions) (*layer, error) {
+	if o.Policy == nil {
+		o.Policy = DenyAll()
+	}
+	l := &layer{o: o, probe: o.AllowProbe, readOnly: o.ReadOnly}
+	l.top = l
+	if o.Node != nil {
+		l.node = maps.Clone(o.Node)
+		if o.Format != "" {
+			l.node["driver"] = o.Format
+		}
+		l.name()
+	} else {
+		path, err := PlainName(name)
+		if err != nil {
+			return nil, err
+		}
+		l.plain(path, o.Format)
+	}
+	for name, value := range o.Options {
+		if _, ok := l.node[name]; !ok {
+			l.node[name] = value
+		}
+	}
+	return l, nil
 }
 
 // OpenBackingFile opens the file that an image names as its backing, by the rules and the policy of Open but without
@@ -151,12 +187,12 @@ func OpenBackingFile(ctx context.Context, top, image, name string, o OpenOptions
 	if o.Policy == nil {
 		o.Policy = DenyAll()
 	}
-	t := &layer{o: &o, path: top}
+	t := &layer{o: &o, path: top, base: top}
 	next := &layer{o: &o, top: t, kind: RefBacking, readOnly: true}
-	if err := next.follow(ctx, &layer{path: image}, name, ""); err != nil {
+	if err := next.follow(ctx, &layer{path: image, base: image}, name, ""); err != nil {
 		return nil, "", err
 	}
-	f, err := next.openFile()
+	f, err := next.openFile(ctx)
 	return f, next.path, err
 }
 
@@ -166,52 +202,50 @@ type layer struct {
 	top      *layer
 	above    []*layer // the images that stand on this one, from the top
 	kind     RefKind  // what the image above wants it for
-	path     string   // for messages and for names relative to it
-	grant    Grant
-	format   string
+	path     string   // for messages
+	base     string   // for names relative to it; "" when there can be none
+	node     Options
+	grant    *Grant // how the file may be opened whose name a policy has judged
 	probe    bool
 	readOnly bool
 	id       fileID
 }
 
+// plain makes the layer that of a plain file.
+func (l *layer) plain(path, format string) {
+	l.path, l.base = path, path
+	l.node = Options{"file.driver": "file", "file.filename": path}
+	if format != "" {
+		l.node["driver"] = format
+	}
+}
+
+// name finds out what the layer is called from its node.
+func (l *layer) name() { l.path, l.base = l.node.Describe(), l.node.LeafPath() }
+
 func (l *layer) open(ctx context.Context) (Device, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	file, err := l.openFile()
+	dev, err := l.device(ctx, l.node, usage{readOnly: l.readOnly, forceShare: l.o.ForceShare, direct: l.o.Direct}, l.grant)
 	if err != nil {
-		return nil, err
-	}
-	dev, err := l.openFormat(ctx, file)
-	if err != nil {
-		return nil, l.failed(err, file)
+		return nil, &OpenError{Name: l.path, Kind: l.kind, Err: err}
 	}
 	return dev, nil
 }
 
-// failed says what could not be opened, and closes file.
-func (l *layer) failed(err error, file storage.File) error {
-	if cerr := file.Close(); cerr != nil {
-		err = errors.Join(err, cerr)
-	}
-	return &OpenError{Name: l.path, Kind: l.kind, Err: err}
-}
-
 // openFile opens and locks the file of the layer.
-func (l *layer) openFile() (storage.File, error) {
-	file, err := openStorage(l.grant, l.readOnly, l.o.Direct)
+func (l *layer) openFile(ctx context.Context) (storage.File, error) {
+	file, err := l.bottom(ctx)
 	if err != nil {
 		return nil, &OpenError{Name: l.path, Kind: l.kind, Err: err}
-	}
-	if err := l.admit(file); err != nil {
-		return nil, l.failed(err, file)
 	}
 	return file, nil
 }
 
 // admit refuses a file that is in the chain already, then locks it. The order matters: the lock of a file that is in the
 // chain twice conflicts with itself, and "in use by another process" would be the wrong message.
-func (l *layer) admit(file storage.File) error {
+func (l *layer) admit(file storage.File, u usage, lock bool) error {
 	id, err := identify(file)
 	if err != nil {
 		return err
@@ -222,21 +256,22 @@ func (l *layer) admit(file storage.File) error {
 			return fmt.Errorf("%w: the image stands on itself (%q is the same file as %q)", ErrChain, l.path, a.path)
 		}
 	}
-	if l.o.NoLock || l.o.ForceShare {
+	if l.o.NoLock || u.forceShare || !lock {
 		return nil
 	}
 	mode := storage.LockWrite
-	if l.readOnly {
+	if u.readOnly {
 		mode = storage.LockRead
 	}
 	return file.Lock(mode)
 }
 
-func (l *layer) openFormat(ctx context.Context, file storage.File) (Device, error) {
-	format, probed := l.format, false
+// openFormat makes a device of the file of a node whose driver is a format, or not known yet.
+func (l *layer) openFormat(ctx context.Context, file storage.File, format string, u usage, rest Options) (Device, error) {
+	probed := false
 	if format == "" {
 		if !l.probe {
-			return nil, fmt.Errorf("%w (known formats: %s)", ErrFormatUnknown, strings.Join(Formats(), ", "))
+			return nil, fmt.Errorf("%w (known formats: %s)", ErrFormatUnknown, formatList())
 		}
 		var err error
 		if format, err = ProbeFile(file); err != nil {
@@ -246,35 +281,22 @@ func (l *layer) openFormat(ctx context.Context, file storage.File) (Device, erro
 	}
 	f, ok := lookupFormat(format)
 	if !ok {
-		return nil, fmt.Errorf("%w %q (known formats: %s)", ErrUnknownFormat, format, strings.Join(Formats(), ", "))
+		return nil, &UnknownFormatError{format}
 	}
-	fo := FormatOptions{Name: l.path, ReadOnly: l.readOnly, Options: l.options(), Secret: l.o.secret(), NoData: l.o.NoData,
-		Memory: l.o.Memory, OpenBacking: l.openBacking, OpenDataFile: l.openData}
+	refs := l.references(rest)
+	fo := FormatOptions{Name: l.path, ReadOnly: u.readOnly, Options: rest, Secret: l.o.secret(), NoData: l.o.NoData,
+		Memory: l.o.Memory, OpenBacking: refs.openBacking, OpenDataFile: refs.openData}
 	if tell := l.o.OnCorrupt; tell != nil {
 		fo.OnCorrupt = func(err error) { tell(l.path, err) }
 	}
-	if format == FormatRaw && probed && !l.readOnly {
+	if format == FormatRaw && probed && !u.readOnly {
 		return openProbedRaw(file, fo)
 	}
-	return f.Open(ctx, file, fo)
-}
-
-// options returns the runtime options for the image of l.
-func (l *layer) options() map[string]string {
-	if l == l.top {
-		return l.o.Options
+	dev, err := f.Open(ctx, file, fo)
+	if err == nil && refs.unused() {
+		return nil, errors.Join(fmt.Errorf("Block format '%s' does not support the option 'backing'", format), dev.Close())
 	}
-	if l.kind != RefBacking {
-		return nil
-	}
-	options := make(map[string]string)
-	prefix := strings.Repeat("backing.", len(l.above))
-	for name, value := range l.o.Options {
-		if name, ok := strings.CutPrefix(name, prefix); ok {
-			options[name] = value
-		}
-	}
-	return options
+	return dev, err
 }
 
 func (o *OpenOptions) secret() func(id string) ([]byte, error) {
@@ -282,6 +304,12 @@ func (o *OpenOptions) secret() func(id string) ([]byte, error) {
 		return o.Secret
 	}
 	return func(id string) ([]byte, error) { return nil, fmt.Errorf("%w '%s'", ErrNoSecret, id) }
+}
+
+func (o *OpenOptions) warn(text string) {
+	if o.Warn != nil {
+		o.Warn(text)
+	}
 }
 
 func openProbedRaw(file storage.File, fo FormatOptions) (Device, error) {
@@ -298,22 +326,62 @@ func openProbedRaw(file storage.File, fo FormatOptions) (Device, error) {
 	return NewRaw(file, ro)
 }
 
-// openBacking is FormatOptions.OpenBacking for the image of l.
-func (l *layer) openBacking(ctx context.Context, name, format string) (Device, error) {
-	if l.o.NoBacking {
-		return nil, nil
+// references are the files that an image names, and what the options say of them.
+type references struct {
+	l           *layer
+	backing     Options
+	backingRef  *string // Null for none
+	data        Options
+	backingUsed bool
+}
+
+// references takes the options of other files out of those of a format.
+func (l *layer) references(rest Options) *references {
+	r := &references{l: l}
+	ref, hasRef := "", false
+	if r.backing, ref, hasRef = rest.takeSub("backing"); hasRef {
+		r.backingRef = &ref
 	}
+	r.data, _, _ = rest.takeSub("data-file")
+	return r
+}
+
+// unused reports whether there are options for a backing file, of which the format knows nothing.
+func (r *references) unused() bool {
+	return !r.backingUsed && (len(r.backing) > 0 || r.backingRef != nil && *r.backingRef != Null && *r.backingRef != "")
+}
+
+// openBacking is FormatOptions.OpenBacking.
+func (r *references) openBacking(ctx context.Context, name, format string) (Device, error) {
+	l := r.l
+	r.backingUsed = true
 	next := l.below(RefBacking)
-	if b := l.o.Backing; b != nil && l == l.top {
-		path, err := PlainName(b.Name)
-		if err != nil {
-			return nil, fmt.Errorf("backing file: %w", err)
+	named := isFileNode(r.backing) // by the options
+	switch {
+	case l.o.NoBacking || r.backingRef != nil && (*r.backingRef == "" || *r.backingRef == Null):
+		if r.backingRef != nil && *r.backingRef == "" {
+			l.o.warn(`Use of "backing": "" is deprecated; use "backing": null instead`)
 		}
-		next.path, next.grant, next.format = path, Grant{Path: path}, b.Format
-	} else if err := next.follow(ctx, l, name, format); err != nil {
-		return nil, err
+		return nil, nil
+	case r.backingRef != nil:
+		return nil, &OpenError{Name: l.path, Kind: RefBacking, Err: noSuchNode(*r.backingRef)}
+	case named:
+		next.node = maps.Clone(r.backing)
+		if _, ok := next.node["driver"]; !ok && format != "" {
+			next.node["driver"] = format
+		}
+		next.probe = next.probe || l.o.AllowProbe
+		next.name()
+	case name == "" && len(r.backing) == 0:
+		return nil, nil
+	case name == "":
+		return nil, &OpenError{Name: l.path, Kind: RefBacking, Err: errors.New(`A block device must be specified for "file"`)}
+	default:
+		if err := r.findBacking(ctx, next, name, format); err != nil {
+			return nil, err
+		}
 	}
-	if next.format == "" && !next.probe {
+	if next.node["driver"] == "" && !next.probe {
 		return nil, fmt.Errorf("%w: image %q does not say which format its backing file %q has; "+
 			"record it with 'qemu-img rebase -u -b %s -F FORMAT %s' or give it when opening",
 			ErrFormatUnknown, l.path, name, name, l.path)
@@ -324,25 +392,47 @@ func (l *layer) openBacking(ctx context.Context, name, format string) (Device, e
 	return next.open(ctx)
 }
 
-// openData is FormatOptions.OpenDataFile for the image of l.
-func (l *layer) openData(ctx context.Context, name string) (storage.File, error) {
+// findBacking makes next the image that an image names, or that the caller put in its place.
+func (r *references) findBacking(ctx context.Context, next *layer, name, format string) error {
+	l := r.l
+	if b := l.o.Backing; b != nil && l == l.top {
+		path, err := PlainName(b.Name)
+		if err != nil {
+			return fmt.Errorf("backing file: %w", err)
+		}
+		next.plain(path, b.Format)
+	} else if err := next.follow(ctx, l, name, format); err != nil {
+		return err
+	}
+	maps.Copy(next.node, r.backing)
+	return nil
+}
+
+// openData is FormatOptions.OpenDataFile.
+func (r *references) openData(ctx context.Context, name string) (storage.File, error) {
+	l := r.l
 	next := l.below(RefData)
 	next.readOnly = l.readOnly
 	switch override := l.o.DataFile; {
+	case isFileNode(Options{"file.filename": r.data["filename"], "file.driver": r.data["driver"]}):
+		next.node = make(Options)
+		next.node.AddSub("file", r.data)
+		next.path, next.base = r.data.Describe(), r.data.LeafPath()
 	case override != "" && l == l.top:
 		path, err := PlainName(override)
 		if err != nil {
 			return nil, fmt.Errorf("data file: %w", err)
 		}
-		next.path, next.grant = path, Grant{Path: path}
+		next.plain(path, "")
 	case name == "":
 		return nil, fmt.Errorf("image %q needs an external data file but does not name it", l.path)
 	default:
 		if err := next.follow(ctx, l, name, FormatRaw); err != nil {
 			return nil, err
 		}
+		next.node.AddSub("file", r.data)
 	}
-	return next.openFile()
+	return next.openFile(ctx)
 }
 
 // below returns the layer that an image of l refers to, its name still open.
@@ -356,7 +446,7 @@ func (l *layer) below(kind RefKind) *layer {
 // follow sets the file of l to what the image from calls name, if the policy permits it.
 func (l *layer) follow(ctx context.Context, from *layer, name, format string) error {
 	kind := l.kind
-	ref := Ref{Kind: kind, Name: name, Image: from.path, Top: l.top.path}
+	ref := Ref{Kind: kind, Name: name, Image: from.path, Top: l.top.base}
 	protocol, rest, plain := SplitProtocol(name)
 	if !plain && protocol == "" { // not a case for the policy, which takes such a name for a plain one
 		return fmt.Errorf("image %q names %s %q: %w: %q", from.path, kind, name, ErrProtocol, protocol)
@@ -366,77 +456,27 @@ func (l *layer) follow(ctx context.Context, from *layer, name, format string) er
 		if rest == "" || len(rest) > maxNameLen {
 			return fmt.Errorf("image %q: the name of its %s has %d bytes", from.path, kind, len(rest))
 		}
-		ref.Path = ResolveName(from.path, rest)
+		if from.base == "" && !filepath.IsAbs(rest) {
+			return fmt.Errorf("Cannot use relative %s names for '%s'", kind, from.path)
+		}
+		ref.Path = ResolveName(from.base, rest)
 	}
 	grant, err := l.o.Policy.Allow(ctx, ref)
 	if err != nil {
 		return err
 	}
-	l.path, l.grant, l.format = ref.Path, grant, format
 	if plain {
+		l.plain(ref.Path, format)
+		l.grant = &grant
 		return nil
 	}
-	if protocol != "json" {
-		return fmt.Errorf("image %q names %s %q: %w: %q", from.path, kind, name, ErrProtocol, protocol)
-	}
-	path, inner, err := parseJSONName(rest)
-	if err != nil {
+	if l.node, err = ParseName(name, ""); err != nil {
 		return fmt.Errorf("image %q names %s %q: %w", from.path, kind, name, err)
 	}
-	l.path, l.grant = path, Grant{Path: path}
-	if inner != "" {
-		l.format = inner
+	if _, ok := l.node["driver"]; !ok && format != "" {
+		l.node["driver"] = format
 	}
-	return nil
-}
-
-// parseJSONName understands the simple form of QEMU's json: names, a format over a file, nested or with dotted keys.
-func parseJSONName(text string) (path, format string, err error) {
-	var top map[string]any
-	if err := json.Unmarshal([]byte(text), &top); err != nil {
-		return "", "", fmt.Errorf("not valid JSON: %w", err)
-	}
-	flat := make(map[string]string)
-	if err := flatten(flat, "", top); err != nil {
-		return "", "", err
-	}
-	format = flat["driver"]
-	path = flat["file.filename"]
-	if format == "file" {
-		format, path = "", flat["filename"]
-		delete(flat, "filename")
-	}
-	if d := flat["file.driver"]; d != "" && d != "file" {
-		return "", "", fmt.Errorf("driver %q is not supported", d)
-	}
-	for _, known := range []string{"driver", "file.driver", "file.filename"} {
-		delete(flat, known)
-	}
-	for key := range flat {
-		return "", "", fmt.Errorf("key %q is not supported", key)
-	}
-	if path == "" {
-		return "", "", errors.New("no file name in it")
-	}
-	return path, format, nil
-}
-
-func flatten(out map[string]string, prefix string, in map[string]any) error {
-	for key, v := range in {
-		switch v := v.(type) {
-		case string:
-			out[prefix+key] = v
-		case map[string]any:
-			if prefix != "" {
-				return fmt.Errorf("key %q is nested too deep", prefix+key)
-			}
-			if err := flatten(out, key+".", v); err != nil {
-				return err
-			}
-		default:
-			return fmt.Errorf("key %q is not supported", prefix+key)
-		}
-	}
+	l.name()
 	return nil
 }
 

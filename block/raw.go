@@ -1,12 +1,13 @@
 package block
 
+//lint:file-ignore ST1005 the errors about options say what QEMU says of them
+
 import (
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math"
-	"strconv"
 	"sync"
 	"sync/atomic"
 
@@ -40,6 +41,7 @@ func init() {
 // RawOptions say which part of a file is the disk.
 type RawOptions struct {
 	Name     string // for messages and extents; the file's own name when empty
+	Format   string // what Info says; FormatRaw when empty
 	ReadOnly bool
 	Offset   int64 // where in the file the disk begins
 	Size     int64 // length of the disk; 0 = up to the end of the file, rounded up to a sector
@@ -77,11 +79,14 @@ func rawOptions(o FormatOptions) (RawOptions, error) {
 		case "size":
 			dst = &r.Size
 		default:
-			return r, fmt.Errorf("format raw has no option %q", key)
+			return r, fmt.Errorf("Block format 'raw' does not support the option '%s'", key)
 		}
-		n, err := strconv.ParseInt(text, 10, 64)
-		if err != nil || n < 0 || (key == "size" && n == 0) {
-			return r, fmt.Errorf("option %s=%s of format raw is not a number of bytes", key, text)
+		n, err := parseSizeOption(key, text)
+		if err != nil {
+			return r, err
+		}
+		if key == "size" && n%storage.SectorSize != 0 {
+			return r, errors.New("Specified size is not multiple of 512")
 		}
 		*dst = n
 	}
@@ -102,6 +107,9 @@ func NewRaw(file storage.File, o RawOptions) (*Raw, error) {
 	if r.o.Name == "" {
 		r.o.Name = r.stat.Name
 	}
+	if r.o.Format == "" {
+		r.o.Format = FormatRaw
+	}
 	if r.stat.ReadOnly {
 		r.o.ReadOnly = true
 	}
@@ -110,7 +118,7 @@ func NewRaw(file storage.File, o RawOptions) (*Raw, error) {
 		minAlign = max(r.stat.Align, 1)
 	}
 	r.info = Info{
-		Format: FormatRaw, Name: r.o.Name, ReadOnly: r.o.ReadOnly,
+		Format: r.o.Format, Name: r.o.Name, ReadOnly: r.o.ReadOnly,
 		MinAlign: minAlign, PreferAlign: max(minAlign, 4096), DiscardAlign: rawDiscardAlign,
 		Volatile: !r.o.ReadOnly,
 	}
@@ -131,12 +139,15 @@ func rawSize(length int64, o RawOptions) (int64, error) {
 		return 0, fmt.Errorf("negative offset %d or size %d", o.Offset, o.Size)
 	case o.Size%storage.SectorSize != 0:
 		return 0, fmt.Errorf("size %d is not a multiple of %d", o.Size, storage.SectorSize)
-	case o.Offset > whole || o.Size > whole-o.Offset:
-		return 0, fmt.Errorf("offset %d and size %d reach past the end of the file at %d", o.Offset, o.Size, length)
+	case o.Offset > length && o.Offset > whole:
+		return 0, fmt.Errorf("Offset (%d) cannot be greater than size of the containing file (%d)", o.Offset, length)
+	case o.Size > whole-o.Offset:
+		return 0, fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the  actual size of the containing file (%d)",
+			o.Offset, o.Size, length)
 	case o.Size != 0:
 		return o.Size, nil
 	}
-	return (whole - o.Offset) &^ (storage.SectorSize - 1), nil
+	return (length - min(o.Offset, length) + storage.SectorSize - 1) &^ (storage.SectorSize - 1), nil
 }
 
 // Size implements Device.

@@ -178,16 +178,16 @@ func TestRawOptions(t *testing.T) {
 	}{
 		{options: map[string]string{}, size: 4096},
 		{options: map[string]string{"offset": "512"}, size: 3584},
-		{options: map[string]string{"offset": "100"}, size: 3584},
+		{options: map[string]string{"offset": "100"}, size: 4096},
 		{options: map[string]string{"offset": "4096"}, size: 0},
 		{options: map[string]string{"offset": "1024", "size": "1024"}, size: 1024},
-		{options: map[string]string{"offset": "4097"}, wantErr: "past the end"},
-		{options: map[string]string{"size": "8192"}, wantErr: "past the end"},
-		{options: map[string]string{"offset": "9223372036854775807", "size": "512"}, wantErr: "past the end"},
-		{options: map[string]string{"size": "100"}, wantErr: "not a multiple"},
-		{options: map[string]string{"size": "-512"}, wantErr: "not a number"},
-		{options: map[string]string{"size": "many"}, wantErr: "not a number"},
-		{options: map[string]string{"colour": "red"}, wantErr: "no option"},
+		{options: map[string]string{"offset": "4097"}, wantErr: "cannot be greater"},
+		{options: map[string]string{"size": "8192"}, wantErr: "has to be smaller"},
+		{options: map[string]string{"offset": "9223372036854775807", "size": "512"}, wantErr: "cannot be greater"},
+		{options: map[string]string{"size": "100"}, wantErr: "not multiple"},
+		{options: map[string]string{"size": "-512"}, wantErr: "expects a non-negative number"},
+		{options: map[string]string{"size": "many"}, wantErr: "expects a non-negative number"},
+		{options: map[string]string{"colour": "red"}, wantErr: "does not support"},
 	} {
 		dev, err := block.Open(t.Context(), path, block.OpenOptions{Format: "raw", ReadOnly: true, Options: tc.options})
 		switch {

@@ -159,11 +159,9 @@ func openFormat(ctx context.Context, file storage.File, o block.FormatOptions) (
 			return nil, fmt.Errorf("opening the external data file of %s: %w", o.Name, err)
 		}
 	}
-	if hdr.BackingFile != "" {
-		if opts.Backing, err = o.OpenBacking(ctx, hdr.BackingFile, hdr.BackingFormat); err != nil {
-			closeAll(opts)
-			return nil, fmt.Errorf("opening the backing file of %s: %w", o.Name, err)
-		}
+	if opts.Backing, err = o.OpenBacking(ctx, hdr.BackingFile, hdr.BackingFormat); err != nil {
+		closeAll(opts)
+		return nil, fmt.Errorf("opening the backing file of %s: %w", o.Name, err)
 	}
 	im, err := Open(ctx, file, opts)
 	if err != nil {

@@ -135,6 +135,9 @@ func (a *app) say(format string, args ...any) {
 	fmt.Fprintf(a.err, a.name+": "+format+"\n", args...)
 }
 
+// warn is say for a warning.
+func (a *app) warn(text string) { a.say("warning: %s", text) }
+
 // printf writes output.
 func (a *app) printf(format string, args ...any) { fmt.Fprintf(a.out, format, args...) }
 

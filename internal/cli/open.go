@@ -24,9 +24,12 @@ type source struct {
 	imageOpts  bool
 	policy     policyFlags
 
-	name    string
-	options map[string]string // of the format, from --image-opts
-	objects objectFlags
+	name        string        // as given, for messages
+	node        block.Options // what it stands for
+	shownFormat string        // what info calls the format of a node that has none
+	options     map[string]string
+	objects     objectFlags
+	warn        func(string) // says what qemu-img warns of; may be nil
 	secrets secrets
 	noData  bool // the command needs no data: an encrypted image may stay locked
 }
@@ -68,7 +71,14 @@ func (s *source) set(arg string) error {
 	}
 	s.name = arg
 	if !s.imageOpts {
-		return nil
+		if err := s.checkFormat(); err != nil {
+			return err
+		}
+		node, err := block.ParseName(arg, s.format)
+		if err != nil {
+			return openError(arg, err)
+		}
+		return s.describe(node)
 	}
 	if s.format != "" {
 		return errorf("--image-opts and --format are mutually exclusive")
@@ -77,8 +87,12 @@ func (s *source) set(arg string) error {
 }
 
 func (s *source) openOptions() block.OpenOptions {
+	format := s.format
+	if s.node != nil {
+		format = "" // the node has it
+	}
 	return block.OpenOptions{
-		Format: s.format, AllowProbe: true, ProbeBacking: true, ReadOnly: true, ForceShare: s.forceShare,
+		Node: s.node, Format: format, Object: s.objects.lookup, Warn: s.warn, AllowProbe: true, ProbeBacking: true, ReadOnly: true, ForceShare: s.forceShare,
 		Policy: s.policy.policy(), Options: s.options,
 		Secret: s.secrets.lookup, NoData: s.noData,
 	}
@@ -126,7 +140,7 @@ func (s *source) checkFormat() error {
 
 // checkFormat refuses a format that the user gave and that does not exist. "" is none given.
 func checkFormat(given string) error {
-	if given == "" || slices.Contains(block.Formats(), given) {
+	if given == "" || slices.Contains(block.Formats(), given) || slices.Contains(block.Drivers(), given) {
 		return nil
 	}
 	return errorf("Unknown driver '%s'", given)
@@ -164,9 +178,16 @@ func openReason(name string, err error) string {
 func reason(name string, err error) string {
 	var lock *storage.LockError
 	var errno syscall.Errno
+	var file *block.FileError
+	if errors.As(err, &file) {
+		name, err = file.Name, file.Err
+	}
+	var unknown *block.UnknownFormatError
 	switch {
 	case errors.As(err, &lock):
 		return lock.Error()
+	case errors.As(err, &unknown):
+		return fmt.Sprintf("Unknown driver '%s'", unknown.Name)
 	case errors.Is(err, qcow2.ErrWrongKey):
 		return qcow2.ErrWrongKey.Error()
 	case errors.Is(err, storage.ErrFileType):

@@ -170,6 +170,7 @@ func (s *server) config(args []string) (daemon.Config, error) {
 		return c, err
 	}
 	open := block.OpenOptions{
+		Object: s.objects.lookup, Warn: s.warn,
 		Secret: secrets.lookup, Format: s.format, ReadOnly: s.readOnly, ForceShare: s.forceShare, Policy: s.policy.policy(),
 		OnCorrupt: func(name string, err error) {
 			s.say("%s: Marking image as corrupt: %v; it is only read from now on", name, err)
@@ -223,25 +224,27 @@ func (s *server) config(args []string) (daemon.Config, error) {
 	return c, nil
 }
 
-// describe takes an image that --image-opts has described by options.
+// describe finds out what the text that names an image stands for.
 func (s *server) describe(e *daemon.Export, text string, known secrets) error {
+	src := source{secrets: known, format: s.format, warn: s.warn}
 	if !s.imageOpts {
+		if _, err := block.PlainName(text); err == nil {
+			return nil
+		}
+		node, err := block.ParseName(text, s.format)
+		if err != nil {
+			return openError(text, err)
+		}
+		e.Open.Node, e.Open.Format = node, ""
 		return nil
 	}
 	if s.format != "" {
 		return errorf("--image-opts and --format are mutually exclusive")
 	}
-	src := source{secrets: known}
 	if err := src.parseImageOpts(text); err != nil {
 		return err
 	}
-	e.Image, e.Open.Format = src.name, src.format
-	for name, value := range e.Open.Options {
-		if _, ok := src.options[name]; !ok {
-			src.options[name] = value
-		}
-	}
-	e.Open.Options = src.options
+	e.Open.Node, e.Open.Format = src.node, ""
 	return nil
 }
 
