@@ -88,6 +88,14 @@ type TryDevice interface {
 	TryWriteAt(p []byte, off int64) error
 }
 
+// OverwriteDevice is implemented by a TryDevice whose TryWriteAt may change more than data: where the data lies.
+type OverwriteDevice interface {
+	TryDevice
+	// TryOverwriteAt is TryWriteAt if what is written has its place on the host already. Nothing of it is lost then when the
+	// process dies, since the host's page cache has it.
+	TryOverwriteAt(p []byte, off int64) error
+}
+
 // CompressedWriter is implemented by devices that can store data compressed.
 type CompressedWriter interface {
 	// WriteCompressed writes p to the disk at off, like WriteAt, and stores it compressed where that makes it smaller. What

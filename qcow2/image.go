@@ -128,8 +128,8 @@ type Image struct {
 }
 
 var (
-	_ block.Device    = (*Image)(nil)
-	_ block.TryDevice = (*Image)(nil)
+	_ block.Device          = (*Image)(nil)
+	_ block.OverwriteDevice = (*Image)(nil)
 )
 
 func init() {

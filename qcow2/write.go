@@ -88,8 +88,16 @@ func (im *Image) changeOnce(ctx context.Context, s span, fn func() error) error 
 	return fn()
 }
 
-// TryWriteAt overwrites allocated clusters in place if their mapping is in memory; otherwise block.ErrWouldBlock.
-func (im *Image) TryWriteAt(p []byte, off int64) error {
+// TryWriteAt overwrites allocated clusters in place, or writes to one that holds nothing yet, if all the metadata that takes
+// is in memory and nobody is in the way; otherwise block.ErrWouldBlock.
+func (im *Image) TryWriteAt(p []byte, off int64) error { return im.tryWrite(p, off, true) }
+
+// TryOverwriteAt is TryWriteAt where the mapping need not be changed.
+func (im *Image) TryOverwriteAt(p []byte, off int64) error {
+	return im.tryWrite(p, off, false)
+}
+
+func (im *Image) tryWrite(p []byte, off int64, mayAllocate bool) error {
 	if err := im.checkWrite(off, int64(len(p))); err != nil {
 		return err
 	}
@@ -108,11 +116,17 @@ func (im *Image) TryWriteAt(p []byte, off int64) error {
 	if err != nil {
 		return wouldBlock(err)
 	}
-	if n := int64(len(p)); im.inPlacePrefix(run, in, int64(im.runBytes(run, in, len(p)))) < n || !im.bm.ready() {
+	if !im.bm.ready() {
 		return block.ErrWouldBlock
 	}
-	im.mark(span{off, int64(len(p))})
-	err = im.overwrite(p, off, int64(run.Entry.HostOffset())+in)
+	if n := int64(len(p)); im.inPlacePrefix(run, in, int64(im.runBytes(run, in, len(p)))) == n {
+		im.mark(span{off, n})
+		err = im.overwrite(p, off, int64(run.Entry.HostOffset())+in)
+	} else if mayAllocate {
+		err = im.tryAllocate(p, off)
+	} else {
+		return block.ErrWouldBlock
+	}
 	if ownCorruption(err) != nil {
 		return block.ErrWouldBlock // the full request meets it, too, and sees to it
 	}
@@ -189,6 +203,45 @@ func (im *Image) allocate(ctx context.Context, p []byte, off int64) (int, error)
 	}
 	a.link()
 	return n, nil
+}
+
+// tryAllocate is allocate for a write within one cluster that holds nothing, neither here nor below. It returns
+// block.ErrWouldBlock, and has changed nothing, where that would take waiting or reading.
+func (im *Image) tryAllocate(p []byte, off int64) error {
+	c := im.cluster(off)
+	in := im.lay.GuestInCluster(format.GuestOff(off))
+	whole := im.lay.ClusterSize() - in
+	if int64(len(p)) > whole || im.lay.ExtendedL2 || im.lay.DataFile || im.meta.Crowded() {
+		return block.ErrWouldBlock
+	}
+	if im.backing != nil && off-in < im.backing.Size() {
+		return block.ErrWouldBlock
+	}
+	held, ok := im.meta.Ranges.TryLock(uint64(c), uint64(c))
+	if !ok {
+		return block.ErrWouldBlock
+	}
+	defer im.meta.Ranges.Unlock(held)
+	edit, ok := im.meta.Map.TryPrepare(c)
+	if !ok {
+		return block.ErrWouldBlock
+	}
+	defer edit.Done()
+	if kind := im.lay.Kind(edit.Entry(0).Word); kind != format.KindUnallocated && kind != format.KindZeroPlain {
+		return block.ErrWouldBlock
+	}
+	host, virgin, ok := im.meta.Refs.TryAlloc()
+	if !ok {
+		return block.ErrWouldBlock
+	}
+	a := allocation{im: im, edit: edit, first: c, n: 1, host: im.lay.Offset(host), fresh: true, virgin: virgin && im.crypt == nil}
+	im.mark(span{off, int64(len(p))})
+	a.bound(in, in+int64(len(p)))
+	if err := a.store(context.Background(), p, off, in); err != nil {
+		return a.undo(err)
+	}
+	a.link()
+	return nil
 }
 
 // plan finds how many of the next most clusters go together and where. It reports false when the first one can be

@@ -42,7 +42,11 @@ func (u *Unit) TryExecute(cdb []byte, data Buffer) (Reply, bool) {
 		return Reply{}, false
 	}
 	defer unlock()
-	if data.each(0, n, func(p []byte, at int64) error { return dev.TryWriteAt(p, off+at) }) != nil {
+	write := dev.TryWriteAt
+	if in, ok := dev.(block.OverwriteDevice); ok && u.o.Keep {
+		write = in.TryOverwriteAt // what changes the mapping has to be made durable
+	}
+	if data.each(0, n, func(p []byte, at int64) error { return write(p, off+at) }) != nil {
 		return Reply{}, false
 	}
 	return Reply{}, true

@@ -25,7 +25,7 @@ type Options struct {
 	ReadOnly    bool
 	// Keep has what a write changed in the device's metadata made durable before the write is answered, so that nothing
 	// acknowledged is lost when this process ends without a word: initiators do not notice, and send nothing again. Writes
-	// that change no metadata (block.TryDevice takes them) are in the host's page cache, which outlives the process.
+	// that change no metadata (block.OverwriteDevice takes them) are in the host's page cache, which outlives the process.
 	Keep bool
 	// Peer finds the unit that an EXTENDED COPY names, by its NAA designator; nil: only the unit itself.
 	Peer func(naa [16]byte) *Unit

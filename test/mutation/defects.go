@@ -159,7 +159,9 @@ var Defects = []Defect{
 
 	// The allocator.
 	{"count-not-raised", "a cluster is handed out and still counts as free", refcount,
-		"	rc.mark(run)\n", "	rc.increased = true\n"},
+		"	rc.mark(run)\n	return run,", "	rc.increased = true\n	return run,"},
+	{"count-not-raised-at-once", "a cluster that is handed out without waiting still counts as free", refcount,
+		"	rc.mark(run)\n	return c,", "	rc.increased = true\n	return c,"},
 	{"wrong-width", "every refcount is taken for 16 bits wide when noting what to write", refcount,
 		"int(slot*int64(rc.lay.RefcountBits())/8)", "int(slot*16/8)%int(rc.lay.ClusterSize())"},
 	{"block-does-not-count-itself", "a new refcount block lies in a free cluster", refcount,
@@ -300,9 +302,15 @@ var Defects = []Defect{
 
 	// Dirty bitmaps.
 	{"bitmap-not-marked", "a write in place is not recorded in dirty bitmaps", writer,
-		"	im.mark(span{off, int64(len(p))})\n	err = im.overwrite(", "	err = im.overwrite("},
+		"		im.mark(span{off, n})\n", ""},
+	{"bitmap-not-marked-new", "a write that allocates at once is not recorded in dirty bitmaps", writer,
+		"	im.mark(span{off, int64(len(p))})\n	a.bound(", "	a.bound("},
+	{"allocate-at-once-over-backing", "a write that allocates at once forgets what the backing file holds", writer,
+		"	if im.backing != nil && off-in < im.backing.Size() {", "	if im.backing != nil && off-in < 0 {"},
+	{"allocate-at-once-anything", "a write that allocates at once takes compressed and shared clusters for empty ones", writer,
+		"kind != format.KindUnallocated && kind != format.KindZeroPlain {", "kind == format.KindInvalid {"},
 	{"bitmap-not-armed-in-place", "a write in place does not wait until the disk says that bitmaps are in use", writer,
-		" || !im.bm.ready() {\n		return block.ErrWouldBlock", " {\n		return block.ErrWouldBlock"},
+		"	if !im.bm.ready() {\n		return block.ErrWouldBlock\n	}\n", ""},
 	{"bitmap-armed-too-late", "a disk changes before it is durable that its bitmaps are in use", bitmaps,
 		"		if err := im.meta.Flush(ctx); err != nil {\n			return err\n		}\n		t, err := im.enter()", "		t, err := im.enter()"},
 	{"bitmap-in-use-trusted", "a bitmap that a crash left in use is believed", bitmaps,

@@ -66,6 +66,7 @@ type Mapping struct {
 	ring      []*slice
 	hand      int
 	maxSlices int
+	roomy     bool               // all slices of the disk fit, so that dirty ones are in nobody's way
 	memory    *block.CacheBudget // of several images together
 }
 
@@ -141,6 +142,7 @@ func (m *Mapping) reset(c Config) {
 	m.stride = lay.L2EntrySize() / 8
 	m.chunks = make([]atomic.Pointer[l1Chunk], (c.L1Len+l1ChunkEntries-1)/l1ChunkEntries)
 	m.maxSlices = int(max(c.CacheBytes/m.sliceSize, minSlices))
+	m.roomy = int64(m.maxSlices) >= m.l1Len*(lay.ClusterSize()/m.sliceSize)
 }
 
 // Lookup returns the run that begins at guest cluster c, at most limit clusters long. With wait unset it returns
@@ -437,6 +439,32 @@ func (m *Mapping) Prepare(c GuestCluster) (Edit, error) {
 	}
 }
 
+// TryPrepare is Prepare where the table is this image's alone already and its slice is in memory. It reports false otherwise.
+func (m *Mapping) TryPrepare(c GuestCluster) (Edit, bool) {
+	l1 := int64(c >> m.l2Bits)
+	if l1 >= m.l1Len {
+		return Edit{}, false
+	}
+	chunk, err := m.chunk(l1/l1ChunkEntries, false)
+	if err != nil {
+		return Edit{}, false
+	}
+	k := l1 % l1ChunkEntries
+	if !format.L1Entry(chunk.entries[k].Load()).Copied() {
+		return Edit{}, false
+	}
+	t := chunk.tables[k].Load()
+	if t == nil || m.guard(ClusterRun{m.lay.Cluster(t.host), 1}, ActiveL2) != nil {
+		return Edit{}, false
+	}
+	idx := int64(c) & (1<<m.l2Bits - 1)
+	s := t.slices[idx/m.perSlice].Load()
+	if s == nil || !s.pin() {
+		return Edit{}, false
+	}
+	return Edit{m, s, idx % m.perSlice, m.perSlice - idx%m.perSlice}, true
+}
+
 func (s *slice) pin() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -614,7 +642,7 @@ func (m *Mapping) crowded() bool {
 	if m.memory.Full(0) {
 		return len(m.dirty) > minDirty // what is dirty cannot make room
 	}
-	return len(m.dirty) > max(m.maxSlices/2, minDirty)
+	return !m.roomy && len(m.dirty) > max(m.maxSlices/2, minDirty)
 }
 
 // SliceRest returns how many clusters from c on one Edit reaches.

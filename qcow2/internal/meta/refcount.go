@@ -294,6 +294,38 @@ func (rc *Refcounts) Alloc(n int64) (run ClusterRun, virgin bool, err error) {
 	return run, run.First >= rc.virgin, nil
 }
 
+// TryAlloc is Alloc of one cluster. It reports false, and has changed nothing, where that would take waiting for anybody or
+// reading, or is refused.
+func (rc *Refcounts) TryAlloc() (c format.ClusterIdx, virgin, ok bool) {
+	if !rc.mu.TryLock() {
+		return 0, false, false
+	}
+	defer rc.mu.Unlock()
+	if rc.marked != nil && !rc.marked() {
+		return 0, false, false
+	}
+	c = rc.starts[0]
+	b, slot := rc.split(c)
+	blk := rc.known[b]
+	if c == 0 || c >= rc.maxClusters() || !rc.exists(b) || blk == nil || blk.data == nil || blk.free == nil {
+		return 0, false, false
+	}
+	if free, next := freeRun(blk.free, slot, int64(rc.perBlock())); free == 0 {
+		if next >= int64(rc.perBlock()) {
+			return 0, false, false
+		}
+		c += format.ClusterIdx(next - slot)
+	}
+	run := ClusterRun{c, 1}
+	if rc.guard(run, 0) != nil {
+		return 0, false, false
+	}
+	blk.used = true
+	rc.starts[0] = c // none is free before it, and mark moves on behind it
+	rc.mark(run)
+	return c, c >= rc.virgin, true
+}
+
 // headerIsFree is the error of a refcount of 0 for the header's cluster: an offset of 0 means that there is no cluster.
 func (rc *Refcounts) headerIsFree() error {
 	if err := rc.guard(ClusterRun{0, 1}, 0); err != nil {

@@ -184,6 +184,9 @@ func (s *Store) Pressure(ctx context.Context) error {
 	return s.Flush(ctx)
 }
 
+// Crowded reports that Pressure would flush.
+func (s *Store) Crowded() bool { return s.Map.crowded() }
+
 // flushBatch is one run of the pipeline and everyone who waits for it.
 type flushBatch struct {
 	done chan struct{}
