@@ -41,6 +41,7 @@ func personalities() []personality {
 	return []personality{
 		{program, (*app).runDrover},
 		{"qemu-img", (*app).runQemuImg},
+		{"qemu-io", (*app).runQemuIO},
 	}
 }
 

@@ -181,12 +181,18 @@ func (r *resizer) resizeRaw(sign, n int64, mode qcow2.Preallocation) (err error)
 	if err != nil {
 		return err
 	}
+	return r.setRawFile(file, old, size, mode)
+}
+
+// setRawFile gives the file that is a disk another length.
+func (r *resizer) setRawFile(file storage.File, old, size int64, mode qcow2.Preallocation) error {
 	if err := r.allowed(old, size, mode); err != nil {
 		return err
 	}
 	if file.Stat().Device {
 		return errorf("Cannot resize device files")
 	}
+	var err error
 	switch mode {
 	case qcow2.PreallocMetadata:
 		return errorf("Unsupported preallocation mode: metadata")
@@ -217,4 +223,18 @@ func writeZeroes(file storage.File, old, size int64) error {
 		old += n
 	}
 	return nil
+}
+
+// setRaw gives a raw disk, which nobody has open, a size, which may be 0.
+func (r *resizer) setRaw(size int64, mode qcow2.Preallocation) (err error) {
+	file, _, err := r.src.openFileAs(false)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, file.Close()) }()
+	old, err := file.Size()
+	if err != nil {
+		return err
+	}
+	return r.setRawFile(file, old, size, mode)
 }

@@ -31,3 +31,12 @@ func version() string {
 	}
 	return info.Main.Version
 }
+
+// standsFor is the version of QEMU's programs whose behaviour is drover's under their names.
+const standsFor = "7.2.22"
+
+// printStandIn prints the version under the name of another program: scripts read the number of the version that behaves
+// like this, people what it is.
+func (a *app) printStandIn() {
+	a.printf("%s version %s (%s %s)\nCopyright (c) the drover authors\n", a.name, standsFor, program, version())
+}

@@ -1,0 +1,30 @@
+package qemuio
+
+import (
+	"os"
+	"slices"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// harmless are the signals that end nothing. Their handlers are the runtime's own business.
+var harmless = []int{0, int(unix.SIGCHLD), int(unix.SIGCONT), int(unix.SIGURG), int(unix.SIGWINCH)}
+
+// fixed are the signals that nobody can handle.
+var fixed = []int{int(unix.SIGKILL), int(unix.SIGSTOP)}
+
+// raise sends the program a signal. It dies of it as a program without handlers would: the language's runtime handles all
+// signals, so what the kernel does by itself must be put back first.
+func raise(n int) error {
+	if !slices.Contains(harmless, n) && !slices.Contains(fixed, n) {
+		// A struct sigaction of zeroes is SIG_DFL, however its fields are arranged.
+		var action [64]byte
+		const maskBytes = 8
+		_, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(n), uintptr(unsafe.Pointer(&action)), 0, maskBytes, 0, 0)
+		if errno != 0 {
+			return errno
+		}
+	}
+	return unix.Kill(os.Getpid(), unix.Signal(n))
+}
