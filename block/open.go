@@ -47,7 +47,8 @@ type OpenOptions struct {
 	Warn func(text string)
 	// IgnoreDiscard: discards have no effect on nodes whose option "discard" is not given.
 	IgnoreDiscard bool
-
+	// WriteDepth is how many layers below the image there is one that is opened for writing as well; 0: there is none.
+	WriteDepth int
 	// Policy judges the files that images name. nil is DenyAll.
 	Policy Policy
 	// Options are the format's runtime options for the top image, by QEMU's names. Those that begin with "backing." are for
@@ -437,9 +438,10 @@ func (r *references) openData(ctx context.Context, name string) (storage.File, e
 
 // below returns the layer that an image of l refers to, its name still open.
 func (l *layer) below(kind RefKind) *layer {
+	above := append(slices.Clip(l.above), l)
 	return &layer{
-		kind: kind, o: l.o, top: l.top, above: append(slices.Clip(l.above), l),
-		probe: l.o.ProbeBacking, readOnly: true,
+		kind: kind, o: l.o, top: l.top, above: above, probe: l.o.ProbeBacking,
+		readOnly: kind != RefBacking || len(above) != l.o.WriteDepth,
 	}
 }
 

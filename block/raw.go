@@ -61,7 +61,7 @@ type Raw struct {
 	gate  gate
 	file  storage.File
 	o     RawOptions
-	size  int64
+	size  atomic.Int64 // it only grows
 	info  Info
 	stat  storage.Info
 	headM sync.Mutex // held while the first sector changes, when GuardFormat is set
@@ -103,7 +103,8 @@ func NewRaw(file storage.File, o RawOptions) (*Raw, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Raw{file: file, o: o, size: size, stat: file.Stat()}
+	r := &Raw{file: file, o: o, stat: file.Stat()}
+	r.size.Store(size)
 	if r.o.Name == "" {
 		r.o.Name = r.stat.Name
 	}
@@ -151,7 +152,7 @@ func rawSize(length int64, o RawOptions) (int64, error) {
 }
 
 // Size implements Device.
-func (r *Raw) Size() int64 { return r.size }
+func (r *Raw) Size() int64 { return r.size.Load() }
 
 // Info implements Device.
 func (r *Raw) Info() Info {
@@ -162,8 +163,8 @@ func (r *Raw) Info() Info {
 
 // enter admits a call that reads; the caller leaves by r.gate.leave when it got nil.
 func (r *Raw) enter(off, n int64) error {
-	if err := CheckRange(off, n, r.size); err != nil {
-		return fmt.Errorf("%q: %d bytes at offset %d of a disk of %d: %w", r.o.Name, n, off, r.size, err)
+	if err := CheckRange(off, n, r.Size()); err != nil {
+		return fmt.Errorf("%q: %d bytes at offset %d of a disk of %d: %w", r.o.Name, n, off, r.Size(), err)
 	}
 	return r.gate.enter()
 }
@@ -266,7 +267,7 @@ func (r *Raw) guarded(off int64, p []byte, n int64, change func() error) error {
 	// Two writes that are harmless alone may be harmful together, so the check and the change are one step.
 	r.headM.Lock()
 	defer r.headM.Unlock()
-	head := make([]byte, min(storage.SectorSize, r.size))
+	head := make([]byte, min(storage.SectorSize, r.Size()))
 	if err := r.read(head, 0, r.file.ReadAt); err != nil {
 		return err
 	}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/droverproject/drover/block"
 )
@@ -74,8 +73,10 @@ func Convert(ctx context.Context, target block.Device, sources []block.Device, o
 		c.align = max(o.ClusterSize, 1)
 	}
 	c.piece = max(pieceSize, c.align, o.Sparse)
-	c.began = time.Now()
-	if err := inOrder(ctx, max(o.Workers, 1), func(emit func(*piece) bool) error { return c.produce(ctx, emit) }, c.work, c.done); err != nil {
+	c.pace = newPace(o.Rate)
+	produce := func(emit func(*piece) bool) error { return c.produce(ctx, emit) }
+	done := func(p *piece) error { return c.done(ctx, p) }
+	if err := inOrder(ctx, max(o.Workers, 1), produce, c.work, done); err != nil {
 		return err
 	}
 	if err := target.Flush(ctx); err != nil {
@@ -92,8 +93,7 @@ type converter struct {
 	starts       []int64 // where the sources begin in the target
 	total        int64
 	align, piece int64
-	began        time.Time
-	written      int64
+	pace         pace
 }
 
 // produce cuts the sources into pieces that start and end at whole clusters where the target is compressed. Offsets of
@@ -193,8 +193,7 @@ func (c *converter) work(ctx context.Context, p *piece) error {
 }
 
 // done writes a piece, if that has not been done, and reports progress.
-func (c *converter) done(p *piece) error {
-	ctx := context.Background()
+func (c *converter) done(ctx context.Context, p *piece) error {
 	if !c.o.OutOfOrder {
 		if err := c.write(ctx, p); err != nil {
 			return err
@@ -203,9 +202,8 @@ func (c *converter) done(p *piece) error {
 	if c.o.Progress != nil {
 		c.o.Progress(p.off+p.n, c.total)
 	}
-	if c.o.Rate > 0 && p.kind == convertData {
-		c.written += p.n
-		time.Sleep(time.Until(c.began.Add(time.Duration(float64(c.written) / float64(c.o.Rate) * float64(time.Second)))))
+	if p.kind == convertData {
+		return c.pace.spend(ctx, p.n)
 	}
 	return nil
 }

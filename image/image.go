@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"fmt"
 	"runtime"
 	"sync"
 
@@ -36,6 +37,9 @@ func (c *cursor) next(ctx context.Context, off int64) (block.Extent, error) {
 		}
 		if len(c.buf) > 0 {
 			e := c.buf[0]
+			if off < e.Off {
+				return block.Extent{}, fmt.Errorf("extent at %d asked for behind %d", off, e.Off)
+			}
 			if d := off - e.Off; d > 0 {
 				e.Off, e.Len, e.Host = off, e.Len-d, e.Host+d
 			}
@@ -57,8 +61,24 @@ type piece struct {
 	off, n int64
 	kind   uint8
 	buf    *[]byte // what was read
+	runs   []pieceRun
 	err    error
 	ready  chan struct{}
+}
+
+// pieceRun is a part of a piece, from its beginning on.
+type pieceRun struct {
+	at, n int64
+	zero  bool
+}
+
+// addRun adds a part, to the one before if it continues that.
+func (p *piece) addRun(at, n int64, zero bool) {
+	if k := len(p.runs); k > 0 && p.runs[k-1].zero == zero && p.runs[k-1].at+p.runs[k-1].n == at {
+		p.runs[k-1].n += n
+		return
+	}
+	p.runs = append(p.runs, pieceRun{at, n, zero})
 }
 
 // inOrder has n goroutines work on the pieces that produce emits, and looks at the outcomes in the order of the pieces: it

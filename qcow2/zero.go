@@ -194,6 +194,51 @@ type zeroing struct {
 	body  span
 	unmap bool // give host clusters up
 	punch bool // give the space of host clusters back that are not given up, or not counted
+	own   bool // also where nothing below holds data, and so zeroes are read without a mapping
+}
+
+// Hide makes [off, off+n) zeroes that the image holds itself. WriteZeroes leaves alone what reads as zeroes because nothing
+// below has data there; another backing file might. Unlike WriteZeroes, Hide wants whole clusters, or whole subclusters of
+// an image that has them, up to the end of the disk.
+func (im *Image) Hide(ctx context.Context, off, n int64) error {
+	if err := im.checkWrite(off, n); err != nil {
+		return err
+	}
+	var z zeroing
+	plain := false
+	err := im.change(ctx, span{off, n}, func() error {
+		head, body, tail := im.splitUnits(off, n)
+		if head.n != 0 || tail.n != 0 {
+			return invalid("%d bytes at guest offset %#x are not whole units of allocation", n, off)
+		}
+		for _, part := range im.compressedEdges(body) {
+			if err := im.zeroByWriting(ctx, part); err != nil {
+				return err
+			}
+		}
+		plain = im.lay.Version < format.Version3
+		z = zeroing{im: im, body: body, own: true}
+		return nil
+	})
+	if err == nil && plain {
+		return im.writeOutZeroes(ctx, off, n)
+	}
+	if err != nil {
+		return err
+	}
+	return im.zeroMapping(ctx, z)
+}
+
+// writeOutZeroes writes zeroes as data.
+func (im *Image) writeOutZeroes(ctx context.Context, off, n int64) error {
+	for n > 0 {
+		k := min(n, int64(len(zeroChunk)))
+		if err := im.writeAll(ctx, zeroChunk[:k], off); err != nil {
+			return err
+		}
+		off, n = off+k, n-k
+	}
+	return nil
 }
 
 // zeroing returns how body is zeroed by the mapping when the guest asks for it.
@@ -202,7 +247,7 @@ func (im *Image) zeroing(body span, unmap bool) zeroing {
 	// A hole in a cluster that something still maps, on the disk or for a reader that began before, reads as zeroes; with
 	// encryption it would read as noise.
 	punch := unmap && im.passRequest() && im.crypt == nil
-	return zeroing{im, body, unmap && !keep, punch}
+	return zeroing{im: im, body: body, unmap: unmap && !keep, punch: punch}
 }
 
 // passRequest reports whether the host gets the space back that the guest gives up.
@@ -217,6 +262,8 @@ func (z zeroing) entry(e meta.Entry, off int64) (entry meta.Entry, giveUp bool) 
 	}
 	kind := im.lay.Kind(e.Word)
 	switch {
+	case z.own && kind == format.KindUnallocated:
+		return meta.Entry{Word: format.L2Zero}, false
 	case im.zeroRead(kind, off) && !(z.unmap && kind == format.KindZeroAlloc):
 		return e, false
 	case im.lay.Version < format.Version3: // with unmap, and nothing below that would show through
@@ -241,7 +288,7 @@ func (z zeroing) extendedEntry(e meta.Entry, off int64) (entry meta.Entry, giveU
 	switch {
 	case kind == format.KindCompressed && whole:
 		return meta.Entry{Bitmap: format.BitmapAllZero}, true
-	case kind == format.KindCompressed, kind == format.KindUnallocated && e.Bitmap == 0 && im.zeroRead(kind, off):
+	case kind == format.KindCompressed, kind == format.KindUnallocated && e.Bitmap == 0 && im.zeroRead(kind, off) && !z.own:
 		return e, false
 	}
 	e.Bitmap = e.Bitmap.SetZero(from, to)

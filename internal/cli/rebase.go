@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/image"
 	"github.com/droverproject/drover/qcow2"
 )
 
@@ -18,19 +19,24 @@ type rebaser struct {
 	backing, backingFormat      string
 	cache, sourceCache          string
 	unsafe, showProgress, quiet bool
+	compress, shareBacking      bool
 	backingGiven                bool
 }
 
 func (a *app) rebaseCommand() *cobra.Command {
 	r := &rebaser{app: a}
 	cmd := &cobra.Command{
-		Use:   "rebase -u [flags] FILE",
-		Short: "Change the backing file that an image names",
-		Long: `Change the name and the format of the backing file in an image, without looking
-at the backing file: what the image does not hold itself is read from the new
-one from then on. An empty name, or none, means no backing file.`,
-		Example: `  drover rebase -u -b base.qcow2 -F qcow2 overlay.qcow2
-  drover rebase -u -b "" flat.qcow2`,
+		Use:   "rebase [flags] FILE",
+		Short: "Put an image on another backing file",
+		Long: `Put an image on another backing file. What the disk reads as stays: where the old
+and the new backing file differ, the old content is copied into the image first.
+An empty name means no backing file: then everything is copied.
+
+With -u the backing file is only named: nobody looks at it, and what the image
+does not hold itself is read from the new one from then on.`,
+		Example: `  drover rebase -b base.qcow2 -F qcow2 overlay.qcow2
+  drover rebase -b "" overlay.qcow2
+  drover rebase -u -b renamed.qcow2 -F qcow2 overlay.qcow2`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r.backingGiven = cmd.Flags().Changed("backing")
 			return r.run(cmd, args)
@@ -41,6 +47,7 @@ one from then on. An empty name, or none, means no backing file.`,
 	f.StringVarP(&r.backing, "backing", "b", "", "`FILE` that holds what the image does not")
 	f.StringVarP(&r.backingFormat, "backing-format", "F", "", "`format` of the backing file")
 	f.BoolVarP(&r.unsafe, "unsafe", "u", false, "change the name only; the backing file must be what it was")
+	f.BoolVarP(&r.compress, "compress", "c", false, "compress what is copied into the image")
 	f.BoolVarP(&r.showProgress, "progress", "p", false, "show how far it is")
 	f.BoolVarP(&r.quiet, "quiet", "q", false, "print nothing but errors")
 	cacheFlag(f, &r.cache)
@@ -50,19 +57,19 @@ one from then on. An empty name, or none, means no backing file.`,
 }
 
 func (r *rebaser) run(cmd *cobra.Command, args []string) error {
+	// -U is about the new backing file: the image itself is written.
+	r.shareBacking, r.src.forceShare = r.src.forceShare, false
 	if err := oneImage(cmd, args); err != nil {
 		return err
 	}
 	if !r.unsafe && !r.backingGiven {
 		return usagef("Must specify backing file (-b) or use unsafe mode (-u)")
 	}
-	if !r.unsafe {
-		return errorf("Comparing the backing files is not available in this version: use unsafe mode (-u)")
+	if checkCache(r.cache) != nil {
+		return errorf("Invalid cache option: %s", r.cache)
 	}
-	for _, cache := range []string{r.cache, r.sourceCache} {
-		if err := checkCache(cache); err != nil {
-			return err
-		}
+	if checkCache(r.sourceCache) != nil {
+		return errorf("Invalid source cache option: %s", r.sourceCache)
 	}
 	if err := r.src.set(args[0]); err != nil {
 		return err
@@ -71,28 +78,83 @@ func (r *rebaser) run(cmd *cobra.Command, args []string) error {
 }
 
 func (r *rebaser) rebase(ctx context.Context) (err error) {
-	dev, err := r.openAlone(ctx, &r.src)
+	open := r.openDevice
+	if r.unsafe {
+		open = func(ctx context.Context, src *source, _ bool) (block.Device, error) { return r.openAlone(ctx, src) }
+	}
+	dev, err := open(ctx, &r.src, false)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, dev.Close()) }()
+	bar := newProgress(r.out, r.showProgress && !r.quiet)
 	if checkFormat(r.backingFormat) != nil {
+		bar.newline()
 		return errorf("Invalid format name: '%s'", r.backingFormat)
 	}
-	bar := newProgress(r.out, r.showProgress && !r.quiet)
-	im, ok := dev.(*qcow2.Image)
-	if !ok {
-		return errorf("Could not change the backing file to '%s': %s", r.backing, capital(syscall.ENOTSUP.Error()))
+	o := image.RebaseOptions{Name: r.backing, Format: r.backingFormat, Compress: r.compress, Progress: bar.set}
+	if o.Name == "" {
+		o.Format = ""
 	}
-	name, format := r.backing, r.backingFormat
-	if name == "" {
-		format = ""
+	if o.Name != "" && !r.unsafe {
+		if o.Backing, err = r.openNew(ctx, dev.Info().Name); err != nil {
+			bar.newline()
+			return err
+		}
+		defer func() { err = errors.Join(err, o.Backing.Close()) }()
 	}
-	if err := im.ChangeBacking(ctx, name, format); err != nil {
-		return errorf("Could not change the backing file to '%s': %s", name, backingReason(err))
+	if err := r.move(ctx, dev, o); err != nil {
+		bar.newline()
+		return rebaseError(o.Name, err)
 	}
 	bar.end()
 	return nil
+}
+
+// move gives the image its new backing file.
+func (r *rebaser) move(ctx context.Context, dev block.Device, o image.RebaseOptions) error {
+	im, ok := block.As[*qcow2.Image](dev)
+	switch {
+	case !ok:
+		return syscall.ENOTSUP
+	case r.unsafe:
+		return im.ChangeBacking(ctx, o.Name, o.Format)
+	}
+	return image.Rebase(ctx, im, o)
+}
+
+// openNew opens the new backing file, whose name is relative to the image's folder. It is the user's own word.
+func (r *rebaser) openNew(ctx context.Context, overlay string) (block.Device, error) {
+	src := source{format: r.backingFormat, forceShare: r.shareBacking, policy: r.src.policy, objects: r.src.objects}
+	name := r.backing
+	if !hasProtocol(name) {
+		name = block.ResolveName(overlay, name)
+	}
+	if err := src.set(name); err != nil {
+		return nil, err
+	}
+	dev, err := block.Open(ctx, name, src.openOptions())
+	if err != nil {
+		return nil, errorf("Could not open new backing file '%s': %s", r.backing, openReason(name, err))
+	}
+	return dev, nil
+}
+
+func rebaseError(name string, err error) error {
+	var status *image.StatusError
+	var read *image.ReadError
+	var write *image.WriteError
+	switch {
+	case errors.As(err, &status):
+		return errorf("error while reading image metadata: %s", readReason(status.Err))
+	case errors.As(err, &read) && read.Dev == 0:
+		return errorf("error while reading from old backing file")
+	case errors.As(err, &read):
+		return errorf("error while reading from new backing file")
+	case errors.As(err, &write):
+		return errorf("Error while writing to COW image: %s", readReason(write.Err))
+	}
+	return errorf("Could not change the backing file to '%s': %s", name, backingReason(err))
 }
 
 func backingReason(err error) string {

@@ -48,6 +48,8 @@ const (
 	keySlots  = "luks/volume.go"
 	layout    = "qcow2/internal/format/layout.go"
 	entries   = "qcow2/internal/format/entries.go"
+	commit    = "image/commit.go"
+	rebase    = "image/rebase.go"
 
 	repair     = "qcow2/internal/check/repair.go"
 	rebuild    = "qcow2/internal/check/rebuild.go"
@@ -411,5 +413,18 @@ var Defects = []Defect{
 	{"cuts-too-much", "the last cluster in use is cut off at close", row,
 		"	most := int64(s.Layout.Offset(end))\n", "	most := int64(s.Layout.Offset(end - 1))\n"},
 	{"no-unref-frees", "a cluster is freed that discard-no-unref keeps", zero,
-		"unmap && !keep, punch", "unmap && !(keep && body.n < 0), punch"},
+		"unmap && !keep, punch: punch", "unmap && !(keep && body.n < 0), punch: punch"},
+
+	// Work over whole images.
+	{"emptied-before-durable", "an image is emptied before its backing file holds what was committed", commit,
+		"	if err := c.base.Flush(ctx); err != nil {\n", "	if err := ctx.Err(); err != nil {\n"},
+	{"commit-forgets-zeroes", "zeroes of an image are not committed", commit,
+		"	case commitZero:\n		err = c.base.WriteZeroes(ctx, p.off, p.n, block.ZeroUnmap)\n", ""},
+	{"freed-before-unlinked", "an image that is emptied frees its clusters while its L1 table names them", resize,
+		"	if err := im.meta.WriteNow(zeroes, im.hdr.L1Offset+format.HostOff(first*8)); err != nil {\n		return err\n	}\n	if err := im.meta.SyncNow(); err != nil {\n		return err\n	}\n	if err := tree.Drop(context.WithoutCancel(ctx), meta.CauseAlways); err != nil {\n		return err\n	}\n",
+		"	if err := tree.Drop(context.WithoutCancel(ctx), meta.CauseAlways); err != nil {\n		return err\n	}\n	if err := im.meta.WriteNow(zeroes, im.hdr.L1Offset+format.HostOff(first*8)); err != nil {\n		return err\n	}\n"},
+	{"rebase-shows-through", "a new backing file shows where the old one had ended", rebase,
+		"return r.overlay.Hide(ctx, off, run.n)", "return r.overlay.WriteZeroes(ctx, off, run.n, 0)"},
+	{"rebase-skips-zeroes", "a rebase does not look where the old backing file reads as zeroes", rebase,
+		"		return rebaseOldZero, end, nil\n", "		return rebaseSkip, end, nil\n"},
 }
