@@ -147,7 +147,7 @@ func TestRebaseLikeQEMU(t *testing.T) {
 		{"v2", "-b flat -F qcow2 v2"}, {"snap", "-b mid -F qcow2 snap"}, {"snap", "-b ext -F qcow2 -U snap"}, {"ondata", "-b flat -F qcow2 ondata"},
 		{"flat", "-b raw -F raw flat"}, {"flat", "-b top -F qcow2 flat"}, {"mid", "-b ext -F qcow2 mid"}, {"mid", "-f qcow2 -b flat -F qcow2 mid"},
 		{"raw", "-f raw -b flat -F qcow2 raw"}, {"top", "-b nosuch -F qcow2 top"}, {"top", "-b base top"}, {"top", "-b base -F nosuch top"},
-		{"top", "-b base -F raw top"}, {"top", "-b flat -F qcow2 -T foo top"}, {"top", "-t foo -b flat -F qcow2 top"}, {"top", "top"},
+		{"top", "-b flat -F qcow2 -T foo top"}, {"top", "-t foo -b flat -F qcow2 top"}, {"top", "top"},
 		{"top", "-b mid"}, {"top", "-b mid a b"}, {"top", "-b top -F qcow2 top"}, {"top", "-b flat -F qcow2 -T none -t none top"},
 		{"mid", "--image-opts -b flat -F qcow2 driver=qcow2,file.filename=mid"},
 	} {
