@@ -135,7 +135,7 @@ func (deviceFile) Lock(storage.LockMode) error { return nil }
 // Stat implements storage.File.
 func (f deviceFile) Stat() storage.Info {
 	info := f.dev.Info()
-	return storage.Info{Name: info.Name, ReadOnly: info.ReadOnly, Align: 1}
+	return storage.Info{Name: info.Name, ReadOnly: info.ReadOnly, Align: 1, Allocated: -1}
 }
 
 // Close implements storage.File.

@@ -81,6 +81,8 @@ type Node struct {
 	Name     string // for messages
 	Driver   string
 	ReadOnly bool
+	// AutoReadOnly: the node may turn out to be read-only where it cannot be written.
+	AutoReadOnly bool
 
 	layer *layer
 	rest  Options
@@ -217,4 +219,10 @@ type StatusFile interface {
 // Discarder is implemented by files that can be told that bytes no longer matter without having to zero them.
 type Discarder interface {
 	Discard(off, n int64) error
+}
+
+// FastZeroer is implemented by files that can tell whether zeroing is faster than writing.
+type FastZeroer interface {
+	// ZeroFast zeroes a range, and gives its space back if unmap, or fails with ErrNoFastZero and changes nothing.
+	ZeroFast(off, n int64, unmap bool) error
 }

@@ -166,7 +166,7 @@ func (l *layer) openNode(ctx context.Context, node, n Options, u usage, grant *G
 }
 
 func (l *layer) newNode(driver string, node, rest Options, u usage) *Node {
-	return &Node{Name: node.Describe(), Driver: driver, ReadOnly: u.readOnly, layer: l, rest: rest, use: u}
+	return &Node{Name: node.Describe(), Driver: driver, ReadOnly: u.readOnly, AutoReadOnly: u.autoReadOnly, layer: l, rest: rest, use: u}
 }
 
 // openDriver has a driver open a node, and refuses what it did not take.

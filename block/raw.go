@@ -305,6 +305,9 @@ func (r *Raw) zero(ctx context.Context, off, n int64, flags ZeroFlags) error {
 	if flags&ZeroFast != 0 && !r.aligned(off, n) {
 		return ErrNoFastZero
 	}
+	if f, ok := r.file.(FastZeroer); ok && flags&ZeroFast != 0 {
+		return f.ZeroFast(r.o.Offset+off, n, flags&ZeroUnmap != 0)
+	}
 	head, body, tail := r.split(off, n)
 	if err := r.writeOutZeroes(ctx, off, head); err != nil {
 		return err
@@ -403,11 +406,12 @@ func (r *Raw) Discard(_ context.Context, off, n int64) error {
 		skip := min(n, storage.SectorSize-off)
 		off, n = off+skip, n-skip
 	}
-	head, body, _ := r.split(off, n)
-	if body == 0 {
-		return nil
+	var err error
+	if f, ok := r.file.(Discarder); ok {
+		err = f.Discard(r.o.Offset+off, n)
+	} else if head, body, _ := r.split(off, n); body > 0 {
+		err = r.punch(off+head, body)
 	}
-	err := r.punch(off+head, body)
 	if err != nil && !errors.Is(err, storage.ErrNotSupported) {
 		return fmt.Errorf("discarding %d bytes of %q at offset %d: %w", n, r.o.Name, off, err)
 	}
@@ -443,11 +447,11 @@ func (r *Raw) Extents(ctx context.Context, off, n int64, fn func(Extent) bool) e
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		run, data, err := r.file.NextExtent(r.o.Offset + off)
+		run, data, zero, err := r.status(r.o.Offset + off)
 		run -= r.o.Offset
 		switch {
 		case errors.Is(err, io.EOF): // the last sector sticks out of the file
-			run, data = end, false
+			run, data, zero = end, false, true
 		case err != nil:
 			return fmt.Errorf("asking %q for the extent at offset %d: %w", r.o.Name, off, err)
 		case run <= off:
@@ -455,8 +459,8 @@ func (r *Raw) Extents(ctx context.Context, off, n int64, fn func(Extent) bool) e
 		}
 		run = min(run, end)
 		e := Extent{
-			Off: off, Len: run - off, Allocated: true, Data: data, Zero: !data,
-			HasHost: true, Host: r.o.Offset + off, File: r.o.Name,
+			Off: off, Len: run - off, Allocated: data || zero, Data: data, Zero: zero,
+			HasHost: data || zero, Host: r.o.Offset + off, File: r.o.Name,
 		}
 		if !fn(e) {
 			return nil
@@ -464,6 +468,15 @@ func (r *Raw) Extents(ctx context.Context, off, n int64, fn func(Extent) bool) e
 		off = run
 	}
 	return nil
+}
+
+// status describes the file at off.
+func (r *Raw) status(off int64) (end int64, data, zero bool, err error) {
+	if f, ok := r.file.(StatusFile); ok {
+		return f.NextStatus(off)
+	}
+	end, data, err = r.file.NextExtent(off)
+	return end, data, !data, err
 }
 
 // Close implements Device.

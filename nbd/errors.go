@@ -6,6 +6,7 @@ import (
 	"syscall"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/nbd/internal/wire"
 	"github.com/droverproject/drover/storage"
 )
 
@@ -31,14 +32,14 @@ var (
 type errno uint32
 
 const (
-	errnoPERM     errno = 1
-	errnoIO       errno = 5
-	errnoNOMEM    errno = 12
-	errnoINVAL    errno = 22
-	errnoNOSPC    errno = 28
-	errnoOVERFLOW errno = 75
-	errnoNOTSUP   errno = 95
-	errnoSHUTDOWN errno = 108
+	errnoPERM     errno = wire.ErrPerm
+	errnoIO       errno = wire.ErrIO
+	errnoNOMEM    errno = wire.ErrNoMem
+	errnoINVAL    errno = wire.ErrInval
+	errnoNOSPC    errno = wire.ErrNoSpace
+	errnoOVERFLOW errno = wire.ErrOverflow
+	errnoNOTSUP   errno = wire.ErrNotSup
+	errnoSHUTDOWN errno = wire.ErrShutdown
 )
 
 // text explains an error to a client. It never holds details of the host.

@@ -1,79 +1,83 @@
 package nbd
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+
+	"github.com/droverproject/drover/nbd/internal/wire"
+)
 
 // Magic numbers.
 const (
-	magicInit       = 0x4e42444d41474943 // "NBDMAGIC"
-	magicOption     = 0x49484156454f5054 // "IHAVEOPT"
-	magicOptReply   = 0x0003e889045565a9
-	magicRequest    = 0x25609513
-	magicExtRequest = 0x21e41c71
-	magicSimple     = 0x67446698
-	magicStructured = 0x668e33ef
-	magicExtReply   = 0x6e8a278c
+	magicInit       = wire.MagicInit
+	magicOption     = wire.MagicOption
+	magicOptReply   = wire.MagicOptReply
+	magicRequest    = wire.MagicRequest
+	magicExtRequest = wire.MagicExtRequest
+	magicSimple     = wire.MagicSimple
+	magicStructured = wire.MagicStructured
+	magicExtReply   = wire.MagicExtReply
 )
 
 // Handshake flags, of the server and (with the same values) of the client.
 const (
-	flagFixedNewstyle = 1
-	flagNoZeroes      = 2
+	flagFixedNewstyle = wire.FlagFixedNewstyle
+	flagNoZeroes      = wire.FlagNoZeroes
 )
 
 // option is what a client asks for during the handshake.
-type option uint32
+type option = wire.Option
 
 const (
-	optExportName      option = 1
-	optAbort           option = 2
-	optList            option = 3
-	optStartTLS        option = 5
-	optInfo            option = 6
-	optGo              option = 7
-	optStructuredReply option = 8
-	optListMeta        option = 9
-	optSetMeta         option = 10
-	optExtendedHeaders option = 11
+	optExportName      = wire.OptExportName
+	optAbort           = wire.OptAbort
+	optList            = wire.OptList
+	optStartTLS        = wire.OptStartTLS
+	optInfo            = wire.OptInfo
+	optGo              = wire.OptGo
+	optStructuredReply = wire.OptStructuredReply
+	optListMeta        = wire.OptListMeta
+	optSetMeta         = wire.OptSetMeta
+	optExtendedHeaders = wire.OptExtendedHeaders
 )
 
 // optReply is the type of an answer to an option.
-type optReply uint32
+type optReply = wire.OptReply
 
 const (
-	repAck    optReply = 1
-	repServer optReply = 2
-	repInfo   optReply = 3
-	repMeta   optReply = 4
+	repAck    = wire.RepAck
+	repServer = wire.RepServer
+	repInfo   = wire.RepInfo
+	repMeta   = wire.RepMeta
 
-	repErrUnsupported optReply = 1<<31 + 1
-	repErrPolicy      optReply = 1<<31 + 2
-	repErrInvalid     optReply = 1<<31 + 3
-	repErrTLSRequired optReply = 1<<31 + 5
-	repErrUnknown     optReply = 1<<31 + 6
-	repErrTooBig      optReply = 1<<31 + 9
-	repErrExtHeader   optReply = 1<<31 + 10
+	repErrUnsupported = wire.RepErrUnsupported
+	repErrPolicy      = wire.RepErrPolicy
+	repErrInvalid     = wire.RepErrInvalid
+	repErrTLSRequired = wire.RepErrTLSRequired
+	repErrUnknown     = wire.RepErrUnknown
+	repErrTooBig      = wire.RepErrTooBig
+	repErrExtHeader   = wire.RepErrExtHeader
 )
 
 // Kinds of information about an export.
 const (
-	infoExport      = 0
-	infoName        = 1
-	infoDescription = 2
-	infoBlockSize   = 3
+	infoExport      = wire.InfoExport
+	infoName        = wire.InfoName
+	infoDescription = wire.InfoDescription
+	infoBlockSize   = wire.InfoBlockSize
 )
 
 // Transmission flags of an export.
 const (
-	txHasFlags   = 1 << 0
-	txReadOnly   = 1 << 1
-	txFlush      = 1 << 2
-	txFUA        = 1 << 3
-	txTrim       = 1 << 5
-	txZeroes     = 1 << 6
-	txDF         = 1 << 7
-	txMultiConn  = 1 << 8
-	txCache      = 1 << 10
-	txFastZeroes = 1 << 11
+	txHasFlags   = wire.TxHasFlags
+	txReadOnly   = wire.TxReadOnly
+	txFlush      = wire.TxFlush
+	txFUA        = wire.TxFUA
+	txTrim       = wire.TxTrim
+	txZeroes     = wire.TxZeroes
+	txDF         = wire.TxDF
+	txMultiConn  = wire.TxMultiConn
+	txCache      = wire.TxCache
+	txFastZeroes = wire.TxFastZeroes
 )
 
 // Command is the type of a request.
@@ -115,27 +119,27 @@ func (c Command) String() string {
 }
 
 // cmdFlags modify a request.
-type cmdFlags uint16
+type cmdFlags = wire.CmdFlags
 
 const (
-	cmdFUA        cmdFlags = 1 << 0
-	cmdNoHole     cmdFlags = 1 << 1
-	cmdDF         cmdFlags = 1 << 2
-	cmdReqOne     cmdFlags = 1 << 3
-	cmdFastZero   cmdFlags = 1 << 4
-	cmdPayloadLen cmdFlags = 1 << 5
+	cmdFUA        = wire.CmdFUA
+	cmdNoHole     = wire.CmdNoHole
+	cmdDF         = wire.CmdDF
+	cmdReqOne     = wire.CmdReqOne
+	cmdFastZero   = wire.CmdFastZero
+	cmdPayloadLen = wire.CmdPayloadLen
 )
 
 // Chunk flags and types of structured and extended replies.
 const (
-	chunkDone = 1
+	chunkDone = wire.ChunkDone
 
-	chunkNone      = 0
-	chunkData      = 1
-	chunkHole      = 2
-	chunkStatus    = 5
-	chunkStatusExt = 6
-	chunkError     = 1<<15 + 1
+	chunkNone      = wire.ChunkNone
+	chunkData      = wire.ChunkData
+	chunkHole      = wire.ChunkHole
+	chunkStatus    = wire.ChunkStatus
+	chunkStatusExt = wire.ChunkStatusExt
+	chunkError     = wire.ChunkError
 )
 
 // replyMode is the form of the replies that a client negotiated. Extended also changes the form of the requests.
@@ -149,10 +153,10 @@ const (
 
 // Sizes of headers on the wire.
 const (
-	requestSize    = 28
+	requestSize    = wire.RequestSize
 	extRequestSize = 32
-	simpleSize     = 16
-	structuredSize = 20
+	simpleSize     = wire.SimpleSize
+	structuredSize = wire.StructuredSize
 	extReplySize   = 32
 	// maxChunkHead is the longest chunk header, with the fixed part of the longest payload that comes with its own
 	// bytes: extended header, offset, hole length.

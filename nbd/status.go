@@ -9,12 +9,13 @@ import (
 	"strings"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/nbd/internal/wire"
 )
 
 // States of the context base:allocation.
 const (
-	StateHole = 1 << 0 // no host space is in use
-	StateZero = 1 << 1 // reads as zeroes
+	StateHole = wire.StateHole // no host space is in use
+	StateZero = wire.StateZero // reads as zeroes
 )
 
 const (

@@ -103,7 +103,7 @@ type Info struct {
 	Direct    bool  // reads and writes bypass the page cache
 	Device    bool  // a block device: fixed size, no holes past the end
 	Align     int   // smallest aligned unit that is fast; 1 for buffered files
-	Allocated int64 // host bytes in use, 0 when not known
+	Allocated int64 // host bytes in use, negative when that cannot be known
 }
 
 // Perm is a set of permissions on an image file, numbered as QEMU numbers them in its byte-range locks.

@@ -63,7 +63,7 @@ type imageInfo struct {
 	VirtualSize  int64           `json:"virtual-size"`
 	Filename     string          `json:"filename"`
 	Format       string          `json:"format"`
-	ActualSize   int64           `json:"actual-size"`
+	ActualSize   *int64          `json:"actual-size,omitempty"`
 	ClusterSize  int64           `json:"cluster-size,omitempty"`
 	Encrypted    bool            `json:"encrypted,omitempty"`
 	Backing      string          `json:"backing-filename,omitempty"`
@@ -203,7 +203,10 @@ func readAndClose(ctx context.Context, file storage.File, path, format string) (
 }
 
 func readInfo(ctx context.Context, file storage.File, path, format string) (*imageInfo, error) {
-	info := &imageInfo{Filename: path, Format: format, ActualSize: file.Stat().Allocated}
+	info := &imageInfo{Filename: path, Format: format}
+	if n := file.Stat().Allocated; n >= 0 {
+		info.ActualSize = &n
+	}
 	if format != "qcow2" {
 		raw, err := block.NewRaw(keepOpen{file}, block.RawOptions{ReadOnly: true})
 		if err != nil {
@@ -322,7 +325,11 @@ func (a *app) printInfos(list []*imageInfo) {
 func (a *app) printInfo(info *imageInfo) {
 	a.printf("image: %s\nfile format: %s\n", info.Filename, info.Format)
 	a.printf("virtual size: %s (%d bytes)\n", humanSize(uint64(info.VirtualSize)), info.VirtualSize)
-	a.printf("disk size: %s\n", humanSize(uint64(info.ActualSize)))
+	if info.ActualSize == nil {
+		a.printf("disk size: unavailable\n")
+	} else {
+		a.printf("disk size: %s\n", humanSize(uint64(*info.ActualSize)))
+	}
 	if info.Encrypted {
 		a.printf("encrypted: yes\n")
 	}

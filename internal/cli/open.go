@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/nbd/client"
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 )
@@ -183,7 +184,10 @@ func reason(name string, err error) string {
 		name, err = file.Name, file.Err
 	}
 	var unknown *block.UnknownFormatError
+	var unreachable *client.ConnectError
 	switch {
+	case errors.As(err, &unreachable):
+		return unreachable.Error()
 	case errors.As(err, &lock):
 		return lock.Error()
 	case errors.As(err, &unknown):
