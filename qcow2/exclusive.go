@@ -27,6 +27,7 @@ func (im *Image) exclusive(ctx context.Context, fn func() error) error {
 		if err := im.mend(); err != nil {
 			return err
 		}
+		im.wholes++
 		err := fn()
 		if c := ownCorruption(err); c != nil {
 			im.meta.MarkCorruptGated(c)

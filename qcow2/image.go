@@ -115,6 +115,7 @@ type Image struct {
 	headMu   sync.Mutex
 	incompat uint64 // the incompatible features on the disk, under headMu
 	broken   error  // set by exclusive when the metadata could not be read again: no request is served before it could
+	wholes   uint64 // how often exclusive has run; changed only by it
 	meta     *meta.Store
 	bm       bitmaps
 	clusters *clusterCache

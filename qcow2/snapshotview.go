@@ -124,3 +124,10 @@ func (f keptFile) ReadAtNowait(p []byte, off int64) (int, error) {
 
 // Close does nothing.
 func (keptFile) Close() error { return nil }
+
+// any reports whether a snapshot is open.
+func (v *snapshotViews) any() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return len(v.open) > 0
+}

@@ -403,7 +403,7 @@ var Defects = []Defect{
 	{"tail-outlives-its-cluster", "compressed data is appended to a cluster that is free", refcount,
 		"	rc.leaveTail(c)\n", ""},
 	{"width-overflows", "a narrow refcount overflows under many compressed clusters", packer,
-		"count >= rc.mostShared()", "count < 0"},
+		"count >= most", "count < 0"},
 	{"second-cluster-not-counted", "the end of a compressed cluster lies in a free one", packer,
 		"		rc.mark(ClusterRun{c + 1, 1})\n", ""},
 	{"failed-pack-keeps-clusters", "clusters of a failed compressed write leak", packer,

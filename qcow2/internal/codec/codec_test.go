@@ -447,3 +447,39 @@ func BenchmarkCompress(b *testing.B) {
 		})
 	}
 }
+
+// TestStreamSize finds the end of streams that something follows.
+func TestStreamSize(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for _, kind := range []uint8{Zlib, Zstd} {
+		for range 200 {
+			src := make([]byte, 512<<r.IntN(8))
+			for i := range src {
+				src[i] = byte(r.IntN(1 + i%7))
+			}
+			dst := make([]byte, len(src))
+			n, ok, err := Compress(kind, dst, src)
+			if err != nil || !ok {
+				t.Fatal(ok, err)
+			}
+			behind := make([]byte, r.IntN(600))
+			for i := range behind {
+				behind[i] = byte(r.Uint32())
+			}
+			out := make([]byte, len(src))
+			got, err := StreamSize(kind, out, append(dst[:n:n], behind...))
+			if err != nil || got != n || !bytes.Equal(out, src) {
+				t.Fatalf("type %d: a stream of %d bytes has %d (%v)", kind, n, got, err)
+			}
+			if err := Decompress(kind, out, dst[:got]); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := StreamSize(kind, out, dst[:n/2]); !errors.Is(err, ErrCorrupt) {
+				t.Fatalf("half a stream: %v", err)
+			}
+		}
+	}
+	if _, err := StreamSize(7, nil, nil); !errors.Is(err, ErrUnknownType) {
+		t.Fatal(err)
+	}
+}

@@ -46,37 +46,43 @@ var zstdDecoders = sync.Pool{New: func() any {
 	return &zstdDecoder{dec, err}
 }}
 
-// unzstd decodes frame after frame until dst is full. It finds the end of each frame itself, since what follows the last
-// one may be anything, also the frame of the next cluster.
+// unzstd decodes frame after frame until dst is full.
 func unzstd(dst, src []byte) error {
+	_, err := unzstdFrames(dst, src)
+	return err
+}
+
+// unzstdFrames is unzstd, and returns how long the frames are. It finds the end of each frame itself, since what follows the
+// last one may be anything, also the frame of the next cluster.
+func unzstdFrames(dst, src []byte) (int, error) {
 	if len(dst) > maxCluster {
-		return fmt.Errorf("a cluster of %d bytes is larger than any the format has", len(dst))
+		return 0, fmt.Errorf("a cluster of %d bytes is larger than any the format has", len(dst))
 	}
 	d := zstdDecoders.Get().(*zstdDecoder)
 	defer zstdDecoders.Put(d)
 	if d.err != nil {
-		return fmt.Errorf("creating a zstd decoder: %w", d.err)
+		return 0, fmt.Errorf("creating a zstd decoder: %w", d.err)
 	}
-	filled := 0
+	filled, taken := 0, 0
 	for filled < len(dst) {
-		size, err := frameSize(src)
+		size, err := frameSize(src[taken:])
 		if err != nil {
-			return fmt.Errorf("zstd stream breaks after %d of %d bytes: %w", filled, len(dst), err)
+			return 0, fmt.Errorf("zstd stream breaks after %d of %d bytes: %w", filled, len(dst), err)
 		}
-		out, err := d.dec.DecodeAll(src[:size], dst[filled:filled:len(dst)])
+		out, err := d.dec.DecodeAll(src[taken:taken+size], dst[filled:filled:len(dst)])
 		if err != nil {
-			return fmt.Errorf("zstd frame breaks after %d of %d bytes: %w: %w", filled, len(dst), ErrCorrupt, err)
+			return 0, fmt.Errorf("zstd frame breaks after %d of %d bytes: %w: %w", filled, len(dst), ErrCorrupt, err)
 		}
 		if len(out) > len(dst)-filled {
-			return fmt.Errorf("%w: zstd frames hold more than a cluster of %d bytes", ErrCorrupt, len(dst))
+			return 0, fmt.Errorf("%w: zstd frames hold more than a cluster of %d bytes", ErrCorrupt, len(dst))
 		}
 		if len(out) > 0 && &out[0] != &dst[filled] {
 			copy(dst[filled:], out)
 		}
 		filled += len(out)
-		src = src[size:]
+		taken += size
 	}
-	return nil
+	return taken, nil
 }
 
 func truncated(what string) error { return fmt.Errorf("%w: zstd %s is cut off", ErrCorrupt, what) }

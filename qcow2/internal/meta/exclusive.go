@@ -70,6 +70,18 @@ func (s *Store) Still(fn func() error) error {
 	return fn()
 }
 
+// Pause runs fn while no request and no flush runs. Unlike Exclusive it makes nothing durable: what fn changes it changes as
+// a request does, in memory, and the next flush writes it. The flush that runs is waited for before requests are held.
+func (s *Store) Pause(fn func() error) error {
+	s.gate.Lock()
+	defer s.gate.Unlock()
+	if err := s.Epochs.Quiesce(); err != nil {
+		return err
+	}
+	defer s.Epochs.Resume()
+	return fn()
+}
+
 // SettleGated makes every change of the refcounts durable, including the counts of what was retired. It is for Exclusive.
 func (s *Store) SettleGated() error {
 	s.settling = true

@@ -62,7 +62,7 @@ func (s *Store) unpack(entries []format.L2Entry, err error) error {
 // allocBytes hands out n bytes for a compressed cluster, with one reference on each host cluster they touch.
 func (rc *Refcounts) allocBytes(n int64) (format.L2Entry, error) {
 	rc.mu.Lock()
-	at, err := rc.appendBytes(n)
+	at, err := rc.appendBytes(n, rc.mostShared())
 	rc.mu.Unlock()
 	if err != nil {
 		return 0, err
@@ -86,8 +86,8 @@ func (rc *Refcounts) allocBytes(n int64) (format.L2Entry, error) {
 }
 
 // appendBytes finds room for n bytes behind the last compressed cluster, and returns where, 0 when there is none: the open
-// cluster is full, its count too, or what is behind it is taken. mu is held.
-func (rc *Refcounts) appendBytes(n int64) (format.HostOff, error) {
+// cluster is full, most compressed clusters touch it already, or what is behind it is taken. mu is held.
+func (rc *Refcounts) appendBytes(n int64, most uint64) (format.HostOff, error) {
 	at := rc.tail
 	if at == 0 || rc.marked != nil && !rc.marked() {
 		return 0, nil
@@ -98,7 +98,7 @@ func (rc *Refcounts) appendBytes(n int64) (format.HostOff, error) {
 		return 0, err
 	}
 	count := rc.lay.Refcount(rc.known[b].data, slot)
-	if count == 0 || count >= rc.mostShared() {
+	if count == 0 || count >= most {
 		rc.tail = 0
 		return 0, nil
 	}

@@ -594,6 +594,11 @@ func (rc *Refcounts) Apply(run ClusterRun) error {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	defer rc.dropClean()
+	return rc.release(run)
+}
+
+// release is Apply with mu held.
+func (rc *Refcounts) release(run ClusterRun) error {
 	err := rc.eachBlock(run, func(b int, slot, n int64) error {
 		for i := slot; i < slot+n; i++ {
 			if rc.lay.Refcount(rc.known[b].data, i) == 0 {

@@ -144,18 +144,23 @@ func (rc *Refcounts) dropEmptyBlocks(s *Store) error {
 			return err
 		}
 		// Without its entry in the table the block's own cluster is free, and it referred to nothing.
-		zero := format.EncodeUint64(0)
-		if err := s.WriteNow(zero[:], rc.tableOff+format.HostOff(b*8)); err != nil {
-			return err
-		}
-		rc.hosts[b] = 0
-		delete(rc.known, b)
-		rc.resident = slices.DeleteFunc(rc.resident, func(i int) bool { return i == b })
-		if err := s.SyncNow(); err != nil {
+		if err := rc.forgetBlock(s, b); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// forgetBlock takes a block out of the table, durably; mu is held.
+func (rc *Refcounts) forgetBlock(s *Store, b int) error {
+	zero := format.EncodeUint64(0)
+	if err := s.WriteNow(zero[:], rc.tableOff+format.HostOff(b*8)); err != nil {
+		return err
+	}
+	rc.hosts[b] = 0
+	delete(rc.known, b)
+	rc.resident = slices.DeleteFunc(rc.resident, func(i int) bool { return i == b })
+	return s.SyncNow()
 }
 
 func (rc *Refcounts) countsOnlyItself(b int) (bool, error) {

@@ -55,6 +55,7 @@ type Store struct {
 	places     *places
 	wreck      wreck
 	l1         TableAt
+	refTable   TableAt // as the header names it; its Len is in clusters. Only for images open read-only
 	inactiveL1 []TableAt
 	alone      bool // Exclusive runs; under gate
 	// onFree is told of clusters that are about to become free, when no request can be using them any more.
@@ -131,6 +132,7 @@ func Open(c Config) (*Store, error) {
 	}
 	s.Map = newMapping(c)
 	if !c.Writable {
+		s.refTable = TableAt{c.RefTableOff, c.RefTableLen}
 		return s, nil
 	}
 	if err := s.openRefcounts(c); err != nil {
