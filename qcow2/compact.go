@@ -90,7 +90,7 @@ type compaction struct {
 	structures []meta.ClusterRun
 	total      int64 // bytes, as the first survey found
 	unflushed  int64
-	buf        []byte
+	buf        []byte // a cluster, whose size never changes
 }
 
 // errSurveyOld ends a round: an operation on the whole image has run since the survey, and may have changed everything.
@@ -98,9 +98,14 @@ var errSurveyOld = errors.New("the image has changed as a whole meanwhile")
 
 func (c *compaction) run(ctx context.Context) (*CompactReport, error) {
 	im := c.im
-	if im.readOnly && !c.o.DryRun {
+	cs := im.ClusterSize()
+	switch {
+	case cs == 0:
+		return nil, block.ErrClosed
+	case im.readOnly && !c.o.DryRun:
 		return nil, block.ErrReadOnly
 	}
+	c.buf = make([]byte, cs)
 	if im.crypt != nil && im.crypt.byHost && im.crypt.cipher == nil && !c.o.DryRun {
 		return nil, ErrNoKey // sectors are encrypted by their place
 	}
@@ -112,7 +117,6 @@ func (c *compaction) run(ctx context.Context) (*CompactReport, error) {
 	if c.o.DryRun {
 		return c.preview(ctx)
 	}
-	c.buf = make([]byte, im.clusterBytes())
 	err = c.rounds(ctx)
 	if err != nil && ctx.Err() == nil {
 		return &c.rep, err
@@ -120,16 +124,13 @@ func (c *compaction) run(ctx context.Context) (*CompactReport, error) {
 	return &c.rep, errors.Join(err, c.cutEnd(context.WithoutCancel(ctx)))
 }
 
-// clusterBytes is ClusterSize without a ticket: the cluster size of an image never changes.
-func (im *Image) clusterBytes() int64 { return 1 << im.lay.ClusterBits }
-
 // preview tells what a run would do.
 func (c *compaction) preview(ctx context.Context) (*CompactReport, error) {
 	v, err := c.survey(ctx)
 	if err != nil {
 		return nil, err
 	}
-	cs := c.im.clusterBytes()
+	cs := int64(len(c.buf))
 	end := int64(v.Want)
 	if c.rep.Leaked > 0 {
 		end = int64(v.Usage.End) // where leaked clusters stand is not told apart
@@ -148,7 +149,7 @@ func (c *compaction) rounds(ctx context.Context) error {
 		}
 		left := v.Usage.Above(v.Want)
 		if c.total == 0 {
-			c.total = left << c.im.lay.ClusterBits
+			c.total = left * int64(len(c.buf))
 		}
 		if left == 0 {
 			return nil
@@ -282,7 +283,7 @@ func (c *compaction) leaked(v *meta.Survey) int64 {
 
 // moved notes progress.
 func (c *compaction) moved(clusters int64) {
-	n := clusters << c.im.lay.ClusterBits
+	n := clusters * int64(len(c.buf))
 	c.rep.Moved += n
 	c.unflushed += n
 	c.o.Progress(min(c.rep.Moved, c.total), c.total)

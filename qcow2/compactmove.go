@@ -53,7 +53,7 @@ func sameTarget(a, b meta.Reference) bool {
 // has changed since the survey is left alone.
 func (c *compaction) moveOwn(ctx context.Context, list []meta.Reference, limit format.ClusterIdx) error {
 	im := c.im
-	most := int(max(c.step>>im.lay.ClusterBits, 1))
+	most := int(max(c.step/int64(len(c.buf)), 1))
 	for len(list) > 0 {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -277,8 +277,7 @@ func (c *compaction) stream(e format.L2Entry) (b []byte, most uint64, err error)
 
 // moveShared moves what the trees of snapshots refer to, too, or L2 tables, some at a time with the image for itself.
 func (c *compaction) moveShared(ctx context.Context, list [][]meta.Reference, limit format.ClusterIdx) error {
-	im := c.im
-	most := int(max(sharedStep>>im.lay.ClusterBits, 1))
+	most := int(max(sharedStep/int64(len(c.buf)), 1))
 	for len(list) > 0 {
 		step := list[:min(len(list), most)]
 		list = list[len(step):]
@@ -375,7 +374,7 @@ func (c *compaction) moveTarget(move *meta.Relocation, refs []meta.Reference, li
 		}
 		return c.copyCluster(r.Guest, from, to)
 	})
-	return im.clusterBytes(), ok, err
+	return int64(len(c.buf)), ok, err
 }
 
 // places returns where the entries lie that hold references to one thing, each once, and how many references that is.

@@ -22,7 +22,11 @@ type Change struct {
 	Base int64
 	// Snapshot: the image has an internal snapshot, and data written since.
 	Snapshot bool
-	Run      func(context.Context, *qcow2.Image) error
+	// Holes: at last as much becomes free at the beginning of the file as the disk takes.
+	Holes bool
+	// Prepare, if not nil, does more with the image, once its disk is written. It leaves the disk's content as it is.
+	Prepare func(context.Context, *qcow2.Image) error
+	Run     func(context.Context, *qcow2.Image) error
 }
 
 // Subject is an image that a Change is tried on.
@@ -48,6 +52,38 @@ func resizeTo(size int64, mode qcow2.Preallocation) func(context.Context, *qcow2
 
 func amend(o qcow2.AmendOptions) func(context.Context, *qcow2.Image) error {
 	return func(ctx context.Context, im *qcow2.Image) error { return im.Amend(ctx, o) }
+}
+
+// compact moves a cluster or two at a time.
+func compact(ctx context.Context, im *qcow2.Image) error {
+	_, err := im.Compact(ctx, qcow2.CompactOptions{Step: 1024})
+	return err
+}
+
+// compressed writes all of the disk again, compressed, and has a snapshot keep it, too.
+func compressed(ctx context.Context, im *qcow2.Image) error {
+	p := make([]byte, im.Size())
+	if err := im.ReadAt(ctx, p, 0); err != nil {
+		return err
+	}
+	if err := im.WriteCompressed(ctx, p, 0); err != nil {
+		return err
+	}
+	if _, err := im.CreateSnapshot(ctx, "compressed"); err != nil {
+		return err
+	}
+	return im.WriteCompressed(ctx, p[:len(p)/2&^4095], 0)
+}
+
+// metadataLast has bitmaps, a longer L1 table and all refcounts stand at the end of the file.
+func metadataLast(ctx context.Context, im *qcow2.Image) error {
+	return errors.Join(
+		im.AddBitmap(ctx, "b", qcow2.BitmapOptions{Granularity: 512}),
+		im.WriteZeroes(ctx, 0, 512, 0),
+		im.Resize(ctx, 3<<20, qcow2.ResizeOptions{}),
+		im.Amend(ctx, qcow2.AmendOptions{RefcountBits: 64}),
+		im.WriteZeroes(ctx, 1024, 512, 0),
+		im.SaveBitmaps(ctx))
 }
 
 // Changes returns the changes that headers, resizing and amending offer, each on the images that make it hardest.
@@ -90,6 +126,15 @@ func Changes() []Change {
 		{Name: "downgrade, backing, snapshot", Create: medium, Base: 50 << 10, Snapshot: true, Run: amend(qcow2.AmendOptions{Version: 2})},
 		{Name: "wider refcounts", Create: small, Snapshot: true, Run: amend(qcow2.AmendOptions{RefcountBits: 64})},
 		{Name: "narrower refcounts", Create: small, Snapshot: true, Run: amend(qcow2.AmendOptions{RefcountBits: 2})},
+		{Name: "compact", Create: small, Holes: true, Run: compact},
+		{Name: "compact, version 2", Create: with(small, v2), Holes: true, Run: compact},
+		{Name: "compact, snapshot", Create: small, Holes: true, Snapshot: true, Run: compact},
+		{Name: "compact, version 2, snapshot", Create: with(small, v2), Holes: true, Snapshot: true, Run: compact},
+		{Name: "compact, subclusters, snapshot", Create: qcow2.CreateOptions{ClusterSize: 16384, Size: 200 << 10, ExtendedL2: true},
+			Holes: true, Snapshot: true, Run: compact},
+		{Name: "compact, compressed, snapshot", Create: medium, Holes: true, Snapshot: true, Prepare: compressed, Run: compact},
+		{Name: "compact, metadata", Create: small, Holes: true, Snapshot: true, Prepare: metadataLast, Run: compact},
+		{Name: "compact, metadata alone", Create: small, Holes: true, Prepare: metadataLast, Run: compact},
 		{Name: "lazy refcounts", Create: medium, Run: amend(qcow2.AmendOptions{LazyRefcounts: &yes})},
 	}
 }
@@ -112,6 +157,12 @@ func (c Change) Make(t testing.TB) *Subject {
 	im, err := s.Open(s.Image, false)
 	must(err)
 	n := im.Size()
+	if c.Holes {
+		must(im.WriteAt(ctx, bytes.Repeat([]byte{'h'}, int(n)), 0, 0))
+		_, err := im.CreateSnapshot(ctx, "holes")
+		must(err)
+		must(im.WriteZeroes(ctx, 0, n, 0))
+	}
 	must(im.WriteAt(ctx, bytes.Repeat([]byte("first data "), int(n/2/11)), n/3, 0))
 	must(im.WriteZeroes(ctx, n/2, n/8, block.ZeroUnmap))
 	must(im.WriteZeroes(ctx, 2*n/3, n/8, 0))
@@ -120,6 +171,12 @@ func (c Change) Make(t testing.TB) *Subject {
 		must(err)
 		must(im.WriteAt(ctx, bytes.Repeat([]byte("second"), int(n/4/6)), n-n/4, 0))
 		must(im.WriteZeroes(ctx, n/4, n/4, 0))
+	}
+	if c.Prepare != nil {
+		must(c.Prepare(ctx, im))
+	}
+	if c.Holes {
+		must(im.DeleteSnapshot(ctx, "holes"))
 	}
 	must(im.Close())
 	s.Before, err = s.Look(s.Image.Clone())

@@ -174,10 +174,13 @@ func (c *client) step() error {
 // change changes the image under everybody's feet: the disk behind the part that requests go to, the refcounts, the version.
 func (c *client) change() error {
 	ctx := context.Background() // a change that is broken off leaves leaks for the next open to repair
-	switch c.r.IntN(4) {
+	switch c.r.IntN(6) {
 	case 0, 1:
+		_, err := c.im.Compact(ctx, qcow2.CompactOptions{Step: c.clusterSize << c.r.IntN(6)})
+		return err
+	case 2, 3:
 		return c.im.Resize(ctx, c.size()+c.r.Int64N(4)*c.r.Int64N(200)*sectorSize, qcow2.ResizeOptions{Shrink: true})
-	case 2:
+	case 4:
 		return c.im.Amend(ctx, qcow2.AmendOptions{RefcountBits: 16 << c.r.IntN(3)})
 	}
 	return c.im.Amend(ctx, qcow2.AmendOptions{Version: 2 + c.r.IntN(2)})

@@ -147,9 +147,6 @@ func (rc *Refcounts) bytesBelow(n int64, limit format.ClusterIdx, most uint64) (
 	return at, nil
 }
 
-// CloseTail has the next compressed cluster begin in a new host cluster.
-func (rc *Refcounts) CloseTail() { rc.closeTail() }
-
 // MoveTable moves the refcount table before limit, if there is room. It is for Exclusive; SettleGated switches to the copy.
 func (rc *Refcounts) MoveTable(limit format.ClusterIdx) (bool, error) {
 	rc.mu.Lock()
