@@ -20,6 +20,16 @@ func (g *gate) enter() error {
 
 func (g *gate) leave() { g.mu.RUnlock() }
 
+// alone waits until nobody is inside and runs fn before anybody else comes in.
+func (g *gate) alone(fn func() error) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return ErrClosed
+	}
+	return fn()
+}
+
 // close waits until nobody is inside. It reports whether this call was the one that closed the gate.
 func (g *gate) close() bool {
 	g.mu.Lock()

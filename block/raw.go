@@ -61,7 +61,7 @@ type Raw struct {
 	gate  gate
 	file  storage.File
 	o     RawOptions
-	size  atomic.Int64 // it only grows
+	size  atomic.Int64 // changed by Resize, alone
 	info  Info
 	stat  storage.Info
 	headM sync.Mutex // held while the first sector changes, when GuardFormat is set
@@ -163,10 +163,15 @@ func (r *Raw) Info() Info {
 
 // enter admits a call that reads; the caller leaves by r.gate.leave when it got nil.
 func (r *Raw) enter(off, n int64) error {
-	if err := CheckRange(off, n, r.Size()); err != nil {
-		return fmt.Errorf("%q: %d bytes at offset %d of a disk of %d: %w", r.o.Name, n, off, r.Size(), err)
+	if err := r.gate.enter(); err != nil {
+		return err
 	}
-	return r.gate.enter()
+	size := r.size.Load() // inside, where nobody makes the disk smaller
+	if err := CheckRange(off, n, size); err != nil {
+		r.gate.leave()
+		return fmt.Errorf("%q: %d bytes at offset %d of a disk of %d: %w", r.o.Name, n, off, size, err)
+	}
+	return nil
 }
 
 // enterChange admits a call that changes the disk.

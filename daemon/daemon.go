@@ -26,6 +26,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -63,6 +64,10 @@ type Config struct {
 	Listeners []net.Listener
 	NBD       nbd.Options
 	Drain     time.Duration // 0 is DefaultDrain
+	// Control is the management API, which Serve serves and closes; nil: none.
+	Control *Control
+	// Template is what exports that are added by the control API have in common: the policy, the secrets, who may use them.
+	Template Export
 }
 
 // Daemon serves images.
@@ -70,9 +75,16 @@ type Daemon struct {
 	server    *nbd.Server
 	drain     time.Duration
 	listeners []net.Listener
-	encrypted bool // clients have to use TLS
-	exports   []openExport
+	encrypted bool               // clients have to use TLS
 	memory    *block.CacheBudget // of all images together
+	limit     int64              // of memory
+	template  Export             // of exports that are added while the daemon runs
+	control   *Control
+	sealed    string // why no export can be added, "" if they can; under mu
+
+	mu      sync.Mutex
+	exports []*openExport
+	adding  map[string]bool // names of exports that are being opened or removed
 }
 
 type openExport struct {
@@ -83,7 +95,9 @@ type openExport struct {
 
 // Open opens all that the configuration names. After an error nothing stays open.
 func Open(ctx context.Context, c Config) (d *Daemon, err error) {
-	d = &Daemon{drain: c.Drain, listeners: c.Listeners, memory: block.NewCacheBudget(block.DefaultCacheBudget)}
+	d = &Daemon{drain: c.Drain, listeners: c.Listeners, limit: block.DefaultCacheBudget, template: c.Template,
+		control: c.Control, adding: make(map[string]bool)}
+	d.memory = block.NewCacheBudget(d.limit)
 	c.NBD.Provider = snapshots{d}
 	d.server = nbd.NewServer(c.NBD)
 	d.encrypted = c.NBD.TLS != nil && c.NBD.TLS.Required
@@ -97,7 +111,12 @@ func Open(ctx context.Context, c Config) (d *Daemon, err error) {
 		}
 	}()
 	for _, e := range c.Exports {
-		if err := d.open(ctx, e); err != nil {
+		x, err := d.open(ctx, e)
+		if err != nil {
+			return d, err
+		}
+		d.exports = append(d.exports, x)
+		if err := d.offer(x); err != nil {
 			return d, err
 		}
 	}
@@ -114,11 +133,12 @@ func Open(ctx context.Context, c Config) (d *Daemon, err error) {
 	return d, nil
 }
 
-func (d *Daemon) open(ctx context.Context, e Export) error {
+// open opens the image of an export. After an error nothing stays open.
+func (d *Daemon) open(ctx context.Context, e Export) (*openExport, error) {
 	if e.Open.Format == "" {
 		format, err := guessFormat(e)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		e.Open.Format = format
 	}
@@ -130,22 +150,25 @@ func (d *Daemon) open(ctx context.Context, e Export) error {
 	}
 	dev, err := block.Open(ctx, e.Image, e.Open)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	d.exports = append(d.exports, openExport{e, dev, dev})
-	disk := dev
+	x := &openExport{e, dev, dev}
 	if e.Snapshot != nil {
-		if disk, err = image.OpenSnapshot(ctx, dev, *e.Snapshot); err != nil {
-			return fmt.Errorf("loading snapshot of %q: %w", e.Image, err)
+		if x.disk, err = image.OpenSnapshot(ctx, dev, *e.Snapshot); err != nil {
+			return nil, errors.Join(fmt.Errorf("loading snapshot of %q: %w", e.Image, err), dev.Close())
 		}
-		d.exports[len(d.exports)-1].disk = disk
 	}
-	contexts, err := bitmapContexts(e, disk)
+	return x, nil
+}
+
+// offer makes an open export available to clients.
+func (d *Daemon) offer(x *openExport) error {
+	contexts, err := bitmapContexts(x.Export, x.disk)
 	if err != nil {
 		return err
 	}
 	return d.server.AddExport(nbd.Export{
-		Name: e.Name, Description: e.Description, Device: disk, ReadOnly: e.Open.ReadOnly, Allow: e.Allow, Contexts: contexts,
+		Name: x.Name, Description: x.Description, Device: x.disk, ReadOnly: x.Open.ReadOnly, Allow: x.Allow, Contexts: contexts,
 	})
 }
 
@@ -171,6 +194,13 @@ func guessFormat(e Export) (string, error) {
 	return format, nil
 }
 
+// all lists the exports there are now.
+func (d *Daemon) all() []*openExport {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.exports)
+}
+
 // Status describes an export in service.
 type Status struct {
 	Name, Image, Format string
@@ -178,10 +208,11 @@ type Status struct {
 	ReadOnly            bool
 }
 
-// Exports lists the exports in the order of the configuration.
+// Exports lists the exports in the order in which they came.
 func (d *Daemon) Exports() []Status {
-	list := make([]Status, len(d.exports))
-	for i, e := range d.exports {
+	exports := d.all()
+	list := make([]Status, len(exports))
+	for i, e := range exports {
 		info := e.disk.Info()
 		list[i] = Status{
 			Name: e.Name, Image: e.Image, Format: info.Format, Size: e.disk.Size(),
@@ -207,7 +238,7 @@ func (d *Daemon) URIs(export string) []string {
 func (d *Daemon) Serve(ctx context.Context) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	failures := make(chan error, len(d.listeners))
+	failures := make(chan error, len(d.listeners)+1)
 	var running sync.WaitGroup
 	for _, l := range d.listeners {
 		running.Add(1)
@@ -221,8 +252,17 @@ func (d *Daemon) Serve(ctx context.Context) error {
 			}
 		}()
 	}
+	if d.control != nil {
+		running.Go(func() {
+			if err := d.control.Serve(d); err != nil {
+				failures <- err
+				stop()
+			}
+		})
+	}
 	<-ctx.Done()
-	err := d.shutdown(context.WithoutCancel(ctx))
+	err := d.closeControl() // first: what it has begun needs the images, and nothing new begins
+	err = errors.Join(err, d.shutdown(context.WithoutCancel(ctx)))
 	running.Wait()
 	close(failures)
 	for failure := range failures {
@@ -241,15 +281,23 @@ func (d *Daemon) shutdown(ctx context.Context) error {
 	return nil
 }
 
+// closeControl ends the management API.
+func (d *Daemon) closeControl() error {
+	if d.control == nil {
+		return nil
+	}
+	return d.control.Close()
+}
+
 // release closes listeners and images.
 func (d *Daemon) release() error {
-	var errs []error
+	errs := []error{d.closeControl()}
 	for _, l := range d.listeners {
 		if err := l.Close(); err != nil && !errors.Is(err, net.ErrClosed) {
 			errs = append(errs, fmt.Errorf("closing listener %v: %w", l.Addr(), err))
 		}
 	}
-	for _, e := range d.exports {
+	for _, e := range d.all() {
 		// Close flushes; it is the last to know of a write that could not be kept.
 		if err := e.dev.Close(); err != nil {
 			errs = append(errs, fmt.Errorf("closing %q: %w", e.Image, err))

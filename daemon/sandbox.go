@@ -3,6 +3,7 @@ package daemon
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os/user"
 	"path/filepath"
 	"strings"
@@ -67,8 +68,16 @@ func ParseUser(text string) (*User, error) {
 
 // SocketFolders are the folders of the unix sockets that the daemon removes when it ends.
 func (d *Daemon) SocketFolders() []string {
+	list := socketFolders(d.listeners)
+	if d.control != nil {
+		list = append(list, d.control.Folders()...)
+	}
+	return list
+}
+
+func socketFolders(listeners []net.Listener) []string {
 	var list []string
-	for _, l := range d.listeners {
+	for _, l := range listeners {
 		if ul, ok := l.(*unixListener); ok {
 			list = append(list, filepath.Dir(ul.path))
 		}

@@ -54,9 +54,9 @@ func (p snapshots) Find(name string) (nbd.Offer, bool) {
 
 // exports lists the exports with the longest name first: "a@b@c" is the snapshot "c" of "a@b" rather than "b@c" of "a",
 // in the list and for those who ask.
-func (p snapshots) exports() []openExport {
-	list := slices.DeleteFunc(slices.Clone(p.d.exports), func(e openExport) bool { return e.HideSnapshots || e.Snapshot != nil })
-	slices.SortStableFunc(list, func(a, b openExport) int { return cmp.Compare(len(b.Name), len(a.Name)) })
+func (p snapshots) exports() []*openExport {
+	list := slices.DeleteFunc(p.d.all(), func(e *openExport) bool { return e.HideSnapshots || e.Snapshot != nil })
+	slices.SortStableFunc(list, func(a, b *openExport) int { return cmp.Compare(len(b.Name), len(a.Name)) })
 	return list
 }
 

@@ -13,7 +13,6 @@ import (
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/image"
-	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 	"github.com/droverproject/drover/tcmu"
 )
@@ -32,7 +31,9 @@ type TCMUConfig struct {
 	WriteBack bool
 	// Bus is where the D-Bus service is offered; nil: nowhere.
 	Bus *TCMUBus
-	Log *slog.Logger
+	// Control is the management API, which ServeTCMU serves and closes; nil: none.
+	Control *Control
+	Log     *slog.Logger
 }
 
 // tcmuFormats are the handlers by the name that a configuration string begins with, and the format of their images.
@@ -61,7 +62,26 @@ func ServeTCMU(ctx context.Context, c TCMUConfig, ready func()) error {
 			return errors.Join(err, m.Close())
 		}
 	}
-	return m.Run(ctx, ready)
+	if c.Control == nil {
+		return m.Run(ctx, ready)
+	}
+	served := make(chan error, 1)
+	go func() { served <- c.Control.Serve(&tcmuService{m, budget, memory}) }()
+	// The API ends first: a resize waits in the kernel for an answer that only a manager that still runs can give.
+	running, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	var closed error
+	stop := context.AfterFunc(ctx, func() {
+		closed = c.Control.Close()
+		cancel()
+	})
+	err = m.Run(running, ready)
+	if stop() { // the manager has failed
+		closed = c.Control.Close()
+	} else {
+		<-running.Done()
+	}
+	return errors.Join(err, closed, <-served)
 }
 
 const (
@@ -142,11 +162,10 @@ func (h *tcmuHandler) Resize(ctx context.Context, dev block.Device, size int64) 
 	if size < dev.Size() {
 		return fmt.Errorf("the disk has %d bytes; it is not shrunk to %d while it is served: %w", dev.Size(), size, syscall.EINVAL)
 	}
-	im, ok := dev.(*qcow2.Image)
-	if !ok || im.Info().ReadOnly {
-		return fmt.Errorf("this kind of disk keeps its size: %w", syscall.EOPNOTSUPP)
+	if dev.Info().ReadOnly {
+		return fmt.Errorf("a disk that is only read keeps its size: %w", syscall.EOPNOTSUPP)
 	}
-	return withErrno(im.Resize(ctx, size, qcow2.ResizeOptions{}))
+	return withErrno(resizeDevice(ctx, dev, ResizeRequest{Size: size}))
 }
 
 // errnoError gives an error a number for the kernel.

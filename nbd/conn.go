@@ -45,8 +45,9 @@ type conn struct {
 
 	// Set by the handshake, constant afterwards.
 	peer     Peer
-	exp      *export // written under Server.mu
-	provided *export // opened for this connection alone, by its own goroutine
+	exp      *export      // written under Server.mu
+	size     atomic.Int64 // of the disk, as the client was told
+	provided *export      // opened for this connection alone, by its own goroutine
 	mode     replyMode
 	contexts []selected
 
@@ -93,13 +94,16 @@ type conn struct {
 		armed time.Time   // when the write deadline was set
 	}
 
-	requests, bytesRead, bytesWritten atomic.Uint64
+	ops                     [numKinds]atomic.Uint64 // requests by kind
+	errors                  atomic.Uint64
+	bytesRead, bytesWritten atomic.Uint64
+	since                   time.Time
 }
 
 func newConn(ctx context.Context, cancel context.CancelFunc, s *Server, nc net.Conn, g *guest) *conn {
 	c := &conn{
 		srv: s, sock: nc, nc: nc, peer: g.peer, client: g.client, ctx: ctx, cancel: cancel,
-		work: make(chan *request), window: maxReadBuffer,
+		work: make(chan *request), window: maxReadBuffer, since: time.Now(),
 	}
 	if t, ok := nc.(*tls.Conn); ok {
 		c.sock = t.NetConn()
@@ -216,10 +220,6 @@ func (c *conn) describe() Conn {
 		d.Export = c.exp.Name
 	}
 	return d
-}
-
-func (c *conn) stats() Stats {
-	return Stats{Requests: c.requests.Load(), BytesRead: c.bytesRead.Load(), BytesWritten: c.bytesWritten.Load()}
 }
 
 // buffered is the number of bytes that have come and were not taken.

@@ -165,7 +165,8 @@ func (h *handshake) exportName(name string) error {
 	if x == nil || !h.c.srv.attach(h.c, x) {
 		return fmt.Errorf("%w: %q", errNoExport, name)
 	}
-	h.uint64(uint64(x.size))
+	h.c.size.Store(x.size())
+	h.uint64(uint64(h.c.size.Load()))
 	h.uint16(h.txFlags(x))
 	if !h.noZeroes {
 		h.out = append(h.out, make([]byte, 124)...)
@@ -221,7 +222,8 @@ func (h *handshake) info(data []byte) error {
 // describe sends the kinds of information that a client wants, and the one that it gets unasked.
 func (h *handshake) describe(x *export, want [4]bool) error {
 	p := binary.BigEndian.AppendUint16(nil, infoExport)
-	p = binary.BigEndian.AppendUint64(p, uint64(x.size))
+	h.c.size.Store(x.size()) // that of GO is the last that the client is told
+	p = binary.BigEndian.AppendUint64(p, uint64(h.c.size.Load()))
 	p = binary.BigEndian.AppendUint16(p, h.txFlags(x))
 	err := h.reply(repInfo, p)
 	if err == nil && want[infoName] {

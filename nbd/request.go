@@ -161,7 +161,7 @@ func (c *conn) decodeAll() error {
 // largePayload takes what is there of a payload that is too long to be served from the read buffer, and leaves the rest
 // to got.
 func (c *conn) largePayload(h header, payload uint64) error {
-	c.requests.Add(1)
+	c.ops[kindOf(h.cmd)].Add(1)
 	there := c.in.b[c.r:c.w]
 	there = there[:min(uint64(len(there)), payload)]
 	c.r += len(there)
@@ -234,7 +234,7 @@ func (c *conn) check(h header) errno {
 		return errnoINVAL
 	case (h.cmd == CmdRead || h.cmd == CmdWrite) && h.length > uint64(c.srv.opts.MaxRequest):
 		return errnoINVAL
-	case h.off > uint64(c.exp.size) || h.length > uint64(c.exp.size)-h.off:
+	case h.off > uint64(c.size.Load()) || h.length > uint64(c.size.Load())-h.off:
 		return past
 	}
 	return 0
@@ -245,7 +245,7 @@ func (c *conn) handle(h header, payload []byte) error {
 	if h.cmd == CmdDisconnect {
 		return errDisconnect
 	}
-	c.requests.Add(1)
+	c.ops[kindOf(h.cmd)].Add(1)
 	if e := c.check(h); e != 0 {
 		c.replyError(h, e)
 		return nil
@@ -328,6 +328,7 @@ func wouldBlock(err error) bool {
 }
 
 func (c *conn) failed(h header, err error) {
+	c.errors.Add(1)
 	if f := c.srv.opts.Observer.RequestFailed; f != nil {
 		f(c.describe(), h.cmd, h.off, h.length, err)
 	}

@@ -122,19 +122,12 @@ type Conn struct {
 	Peer   Peer
 }
 
-// Stats counts what a connection did.
-type Stats struct {
-	Requests     uint64 // of every kind
-	BytesRead    uint64 // by successful reads
-	BytesWritten uint64 // by successful writes
-}
-
 // Export is a device under a name.
 type Export struct {
 	// Name and Description are UTF-8 of at most 4096 bytes. The empty name is what clients ask for by default.
 	Name, Description string
 	// Device stays the caller's: it must live until RemoveExport or Shutdown has returned nil. Clients are told the size
-	// that it has when it is added.
+	// that it has when they connect.
 	Device block.Device
 	// ReadOnly refuses changes; it is implied by a read-only device.
 	ReadOnly bool
@@ -163,7 +156,6 @@ type export struct {
 	Export
 	try      block.TryDevice // nil when the device has no such methods
 	provided bool            // it belongs to one connection
-	size     int64
 	contexts []Context
 	block    [3]uint32 // minimum, preferred and maximum block size
 
@@ -171,6 +163,7 @@ type export struct {
 	conns   map[*conn]struct{}
 	removed bool
 	unused  chan struct{} // closed when removed and conns is empty
+	past    Stats         // of connections that have ended
 }
 
 // Server serves exports to clients. Its methods may be called at any time, from any goroutine.
@@ -240,13 +233,12 @@ func newExport(e Export, maxRequest int) (*export, error) {
 	e.ReadOnly = e.ReadOnly || info.ReadOnly
 	x := &export{
 		Export:   e,
-		size:     e.Device.Size(),
 		contexts: builtinContexts(e.Device, e.Advertised),
 		conns:    make(map[*conn]struct{}),
 		unused:   make(chan struct{}),
 	}
-	if x.size < 0 {
-		return nil, fmt.Errorf("nbd: export %q: device has size %d", e.Name, x.size)
+	if size := e.Device.Size(); size < 0 {
+		return nil, fmt.Errorf("nbd: export %q: device has size %d", e.Name, size)
 	}
 	x.try, _ = e.Device.(block.TryDevice)
 	for _, c := range e.Contexts {
@@ -557,6 +549,7 @@ func (s *Server) unregister(c *conn) {
 	}
 	if x := c.exp; x != nil {
 		delete(x.conns, c)
+		x.past.add(c.stats())
 		if x.removed && len(x.conns) == 0 {
 			close(x.unused)
 		}

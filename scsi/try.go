@@ -31,6 +31,7 @@ func (u *Unit) TryExecute(cdb []byte, data Buffer) (Reply, bool) {
 		if err != nil || data.each(0, n, func(p []byte, at int64) error { return dev.TryReadAt(p, off+at) }) != nil {
 			return Reply{}, false
 		}
+		u.counts.done(cdb, data, int(n))
 		return Reply{In: int(n)}, true
 	}
 	off, n, err := u.outgoing(c)
@@ -49,6 +50,7 @@ func (u *Unit) TryExecute(cdb []byte, data Buffer) (Reply, bool) {
 	if data.each(0, n, func(p []byte, at int64) error { return write(p, off+at) }) != nil {
 		return Reply{}, false
 	}
+	u.counts.done(cdb, data, 0)
 	return Reply{}, true
 }
 

@@ -48,6 +48,7 @@ type Unit struct {
 
 	sanitizing atomic.Uint64 // 0: no; else progress in 65536ths plus one
 	copies     copyLog
+	counts     counters
 }
 
 // NewUnit makes a unit of a device. The device stays the caller's.
@@ -103,13 +104,17 @@ func (c *call) reply(p []byte, allocated uint32) {
 // If it is shorter than the command says, as much as it holds is transferred.
 func (u *Unit) Execute(ctx context.Context, cdb []byte, data Buffer) Reply {
 	c := &call{ctx: ctx, cdb: cdb, data: data}
+	u.counts.inflight.Add(1)
+	defer u.counts.inflight.Add(-1)
 	if err := u.run(c); err != nil {
 		sense := u.senseOf(err)
+		u.counts.fail(sense)
 		if sense == nil {
 			return Reply{Status: Busy}
 		}
 		return Reply{Status: CheckCondition, Sense: sense.encode(u.modeIs(modeDescriptorSense)), In: c.in}
 	}
+	u.counts.done(cdb, data, c.in)
 	return Reply{Status: Good, In: c.in}
 }
 

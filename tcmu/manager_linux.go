@@ -50,6 +50,7 @@ type Manager struct {
 
 	mu      sync.Mutex
 	devices map[int]*slot // by minor
+	refused []Status      // devices that could not be served, the oldest first
 	running sync.WaitGroup
 }
 
@@ -78,6 +79,7 @@ type served struct {
 	ring   *Ring
 	uio    *uio
 	ended  chan error
+	refuse error // why the last resize failed, under Manager.mu
 }
 
 // Close is for a manager that never runs.
@@ -228,7 +230,9 @@ func (m *Manager) add(ctx context.Context, minor int, adopt bool) error {
 		m.mu.Lock()
 		delete(m.devices, minor)
 		m.mu.Unlock()
+		m.noteRefused(d, place.err)
 	} else {
+		m.forgetRefused(d)
 		m.log.Info("serving", "device", d.Name, "config", d.Config, "size", place.s.disk.Size())
 	}
 	close(place.opened)
@@ -364,7 +368,11 @@ func (m *Manager) reconfigure(ctx context.Context, ev Event) error {
 	switch {
 	case ev.Size != nil:
 		if int64(*ev.Size) != s.disk.Size() {
-			if err := s.handle.Resize(ctx, s.disk, int64(*ev.Size)); err != nil {
+			err := s.handle.Resize(ctx, s.disk, int64(*ev.Size))
+			m.mu.Lock()
+			s.refuse = err
+			m.mu.Unlock()
+			if err != nil {
 				return fmt.Errorf("resizing %s: %w", s.dev.Name, err)
 			}
 		}

@@ -206,7 +206,7 @@ otherwise.`,
 		},
 	})
 	root.AddCommand(a.imageCommands()...)
-	root.AddCommand(a.serveCommand(), a.tcmuCommand(), a.versionCommand())
+	root.AddCommand(a.serveCommand(), a.tcmuCommand(), a.ctlCommand(), a.versionCommand())
 	for _, c := range root.Commands() {
 		c.Flags().SortFlags = false
 	}

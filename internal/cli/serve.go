@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"os/signal"
@@ -69,6 +70,7 @@ everything is written and flushed; a second signal ends it at once.`,
 	f.DurationVar(&s.handshake, "handshake-timeout", 10*time.Second, "`time` that a client has to choose an export, 0 for ever")
 	f.BoolVar(&s.imageOpts, "image-opts", false, "images are given as options: driver=FMT,file.filename=NAME")
 	s.objects.add(f)
+	s.manage.add(f, "")
 	s.security.add(f)
 	s.policy.add(f)
 	return cmd
@@ -91,9 +93,17 @@ type server struct {
 	policy                   policyFlags
 	security                 securityFlags
 	notifier                 *daemon.Notifier
+	manage                   manageFlags
+	level                    *slog.LevelVar
+	log                      *slog.Logger
 }
 
 func (s *server) run(cmd *cobra.Command, args []string) error {
+	var err error
+	if s.level, err = s.manage.parse(); err != nil {
+		return err
+	}
+	s.log = slog.New(newPlainHandler(s.err, s.level))
 	config, err := s.config(args)
 	if err != nil {
 		return err
@@ -110,6 +120,9 @@ func (s *server) run(cmd *cobra.Command, args []string) error {
 	// From here on a signal means to stop in order, also while images are being opened.
 	ctx, signals := catchSignals(cmd.Context())
 	defer signals.release()
+	if config.Control, err = s.manage.open(ctx, s.level, s.security.owner, s.log, s.reload); err != nil {
+		return err
+	}
 	d, err := daemon.Open(ctx, config)
 	if err != nil {
 		return serveError(err)
@@ -145,13 +158,13 @@ func (s *server) serve(ctx context.Context, d *daemon.Daemon, signals *signalWat
 func (s *server) connectNotifier() {
 	var err error
 	if s.notifier, err = daemon.NewNotifier(os.Getenv); err != nil {
-		s.say("%v", err)
+		s.log.Warn(err.Error())
 	}
 }
 
 func (s *server) notify(state string) {
 	if err := s.notifier.Tell(state); err != nil {
-		s.say("%v", err)
+		s.log.Warn(err.Error())
 	}
 }
 
@@ -173,7 +186,7 @@ func (s *server) config(args []string) (daemon.Config, error) {
 		Object: s.objects.lookup, Warn: s.warn,
 		Secret: secrets.lookup, Format: s.format, ReadOnly: s.readOnly, ForceShare: s.forceShare, Policy: s.policy.policy(),
 		OnCorrupt: func(name string, err error) {
-			s.say("%s: Marking image as corrupt: %v; it is only read from now on", name, err)
+			s.log.Error(fmt.Sprintf("%s: Marking image as corrupt: %v; it is only read from now on", name, err))
 		},
 	}
 	if s.cacheSize != "" {
@@ -182,6 +195,7 @@ func (s *server) config(args []string) (daemon.Config, error) {
 		}
 		open.Options = map[string]string{"l2-cache-size": s.cacheSize}
 	}
+	c.Template = daemon.Export{Open: open, HideSnapshots: s.hideSnapshots}
 	if len(args) > 1 {
 		return c, usagef("Unexpected argument: %s (use --export NAME=IMAGE for more than one image)", args[1])
 	}
@@ -273,41 +287,42 @@ func (s *server) announce(d *daemon.Daemon) {
 
 // observer reports what an administrator should know, not what a client does every day.
 func (s *server) observer() nbd.Observer {
-	var mu sync.Mutex // messages of several connections must not mix
-	say := func(format string, args ...any) {
-		mu.Lock()
-		defer mu.Unlock()
-		s.say(format, args...)
+	say := func(level slog.Level, format string, args ...any) {
+		if s.log.Enabled(context.Background(), level) {
+			s.log.Log(context.Background(), level, fmt.Sprintf(format, args...))
+		}
 	}
 	var failures, turnedAway limiter
 	return nbd.Observer{
+		Connected: func(c nbd.Conn) { say(slog.LevelDebug, "client %d (%v) of export %q came", c.ID, c.Peer, c.Export) },
 		Disconnected: func(c nbd.Conn, _ nbd.Stats, err error) {
 			switch {
 			case err == nil:
+				say(slog.LevelDebug, "client %d (%v) of export %q left", c.ID, c.Peer, c.Export)
 			case c.Export != "":
-				say("client %d (%v) of export %q: %v", c.ID, c.Peer, c.Export, err)
+				say(slog.LevelWarn, "client %d (%v) of export %q: %v", c.ID, c.Peer, c.Export, err)
 			case errors.Is(err, nbd.ErrTLS):
 				if ok, dropped := turnedAway.allow(time.Now()); ok {
-					say("client %d (%v): %v%s", c.ID, c.Peer, err, andDropped(dropped))
+					say(slog.LevelWarn, "client %d (%v): %v%s", c.ID, c.Peer, err, andDropped(dropped))
 				}
 			}
 		},
 		Refused: func(p nbd.Peer, err error) {
 			if ok, dropped := turnedAway.allow(time.Now()); ok {
-				say("client (%v): %v%s", p, err, andDropped(dropped))
+				say(slog.LevelWarn, "client (%v): %v%s", p, err, andDropped(dropped))
 			}
 		},
 		RequestFailed: func(c nbd.Conn, cmd nbd.Command, off, n uint64, err error) {
 			if ok, dropped := failures.allow(time.Now()); ok {
-				say("export %q: %v of %d bytes at offset %d failed: %v%s", c.Export, cmd, n, off, err, andDropped(dropped))
+				say(slog.LevelError, "export %q: %v of %d bytes at offset %d failed: %v%s", c.Export, cmd, n, off, err, andDropped(dropped))
 			}
 		},
 		OpenFailed: func(p nbd.Peer, name string, err error) {
 			if ok, dropped := failures.allow(time.Now()); ok {
-				say("export %q for client (%v): %v%s", name, p, err, andDropped(dropped))
+				say(slog.LevelError, "export %q for client (%v): %v%s", name, p, err, andDropped(dropped))
 			}
 		},
-		AcceptFailed: func(_ net.Addr, err error) { say("accepting a client: %v", err) },
+		AcceptFailed: func(_ net.Addr, err error) { say(slog.LevelWarn, "accepting a client: %v", err) },
 	}
 }
 

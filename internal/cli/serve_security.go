@@ -36,6 +36,7 @@ type securityFlags struct {
 	stall         time.Duration
 	sandbox       string
 	user          string
+	owner         *daemon.User // of sockets: --user
 }
 
 func (s *securityFlags) add(f *pflag.FlagSet) {
@@ -94,14 +95,13 @@ func (s *securityFlags) sockets(c *daemon.Config) error {
 	if err != nil || mode == 0 || mode > 0o777 {
 		return usagef("--socket-mode %s is not a file mode such as 0660", s.socketMode)
 	}
-	var owner *daemon.User
 	if s.user != "" {
-		if owner, err = daemon.ParseUser(s.user); err != nil {
+		if s.owner, err = daemon.ParseUser(s.user); err != nil {
 			return usagef("--user: %v", err)
 		}
 	}
 	for i := range c.Addresses {
-		c.Addresses[i].Mode, c.Addresses[i].Owner = fs.FileMode(mode), owner
+		c.Addresses[i].Mode, c.Addresses[i].Owner = fs.FileMode(mode), s.owner
 	}
 	return nil
 }
@@ -128,6 +128,9 @@ func (s *securityFlags) authorise(c *daemon.Config) error {
 	}
 	if err := s.possible(c, general); err != nil {
 		return err
+	}
+	if len(general) > 0 {
+		c.Template.Allow = general.Allow
 	}
 	for i := range c.Exports {
 		rules := general
@@ -216,6 +219,9 @@ func (a *app) confine(s *securityFlags, d *daemon.Daemon) error {
 		if c.User, err = daemon.ParseUser(s.user); err != nil {
 			return errors.Join(err, d.Close())
 		}
+	}
+	if c.Sandbox {
+		d.Seal("the server is in a sandbox (--sandbox) and can open no more files: stop it, and name the image when it is started")
 	}
 	notes, err := daemon.Confine(c)
 	for _, n := range notes {

@@ -1,8 +1,10 @@
 package cli
 
 import (
+	"context"
 	"log/slog"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 
@@ -48,7 +50,7 @@ starts. A second signal ends it at once.`,
 	f.BoolVar(&t.writeBack, "write-back", false,
 		"acknowledge allocating writes at once: faster, but those since the last flush are lost if drover is killed")
 	f.StringVar(&t.bus, "dbus", "system", "offer the D-Bus service on the `BUS`: system, session, an address, or none")
-	f.StringVar(&t.logLevel, "log-level", "info", "`level` of messages: error, warn, info or debug")
+	t.manage.add(f, defaultControl)
 	t.policy.add(f)
 	return cmd
 }
@@ -57,8 +59,10 @@ starts. A second signal ends it at once.`,
 type scsiServer struct {
 	*app
 	readOnly, answerOthers, writeBack bool
-	cacheSize, bus, logLevel          string
+	cacheSize, bus                    string
 	policy                            policyFlags
+	manage                            manageFlags
+	level                             *slog.LevelVar
 }
 
 func (t *scsiServer) run(cmd *cobra.Command) error {
@@ -82,6 +86,10 @@ func (t *scsiServer) run(cmd *cobra.Command) error {
 		return err
 	}
 	defer c.Bus.Close()
+	if c.Control, err = t.openControl(ctx, c.Log); err != nil {
+		return err
+	}
+	defer c.Control.Close()
 	done := make(chan error, 1)
 	go func() { done <- daemon.ServeTCMU(ctx, c, func() { tell("READY=1") }) }()
 	select {
@@ -100,11 +108,11 @@ func (t *scsiServer) run(cmd *cobra.Command) error {
 
 func (t *scsiServer) config() (daemon.TCMUConfig, error) {
 	c := daemon.TCMUConfig{Policy: t.policy.policy(), ReadOnly: t.readOnly, AnswerOthers: t.answerOthers, WriteBack: t.writeBack}
-	var level slog.Level
-	if err := level.UnmarshalText([]byte(t.logLevel)); err != nil {
-		return c, usagef("--log-level %s: expecting error, warn, info or debug", t.logLevel)
+	var err error
+	if t.level, err = t.manage.parse(); err != nil {
+		return c, err
 	}
-	c.Log = slog.New(slog.NewTextHandler(t.err, &slog.HandlerOptions{Level: level}))
+	c.Log = slog.New(slog.NewTextHandler(t.err, &slog.HandlerOptions{Level: t.level}))
 	if t.cacheSize != "" {
 		n, err := block.ParseSize(t.cacheSize)
 		if err != nil || n <= 0 {
@@ -113,4 +121,14 @@ func (t *scsiServer) config() (daemon.TCMUConfig, error) {
 		c.Memory = n
 	}
 	return c, nil
+}
+
+// openControl opens the control socket. Its folder may be missing where no service manager made it.
+func (t *scsiServer) openControl(ctx context.Context, log *slog.Logger) (*daemon.Control, error) {
+	if t.manage.control == defaultControl {
+		if err := os.MkdirAll(filepath.Dir(defaultControl), 0o755); err != nil {
+			return nil, err
+		}
+	}
+	return t.manage.open(ctx, t.level, nil, log, nil)
 }
