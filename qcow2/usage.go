@@ -19,7 +19,7 @@ func (im *Image) Usage() (Usage, error) {
 		return Usage{}, err
 	}
 	defer im.meta.Epochs.Exit(t)
-	m := im.meta.Usage()
+	m := im.meta.MemoryUse()
 	return Usage{
 		CacheBytes: m.CacheBytes, ClusterCacheBytes: im.clusters.bytes(im.lay.ClusterSize()),
 		Unflushed: m.DirtyTables > 0 || m.Unsynced, Dirty: m.Marked, Corrupt: im.meta.Corrupt(),
