@@ -18,7 +18,6 @@ type committing struct {
 	base, cache, rate   string
 	baseGiven, drop     bool
 	showProgress, quiet bool
-	output              string
 	copying             image.CommitOptions
 }
 

@@ -32,6 +32,7 @@ options of a target.`,
 			c.app = a
 			c.sparseGiven = cmd.Flags().Changed("sparse-size")
 			c.backingGiven = cmd.Flags().Changed("backing")
+			c.formatGiven = cmd.Flags().Changed("target-format")
 			return c.run(cmd.Context(), args)
 		},
 	}
@@ -45,6 +46,9 @@ options of a target.`,
 	f.StringVarP(&c.backingFormat, "backing-format", "F", "", "`format` of the backing file")
 	f.BoolVarP(&c.noCreate, "no-create", "n", false, "write to a target that exists, and keep what it is")
 	f.BoolVar(&c.targetZero, "target-is-zero", false, "the target reads as zeroes (needs -n)")
+	f.BoolVar(&c.bitmaps, "bitmaps", false, "copy the dirty bitmaps too")
+	f.BoolVar(&c.skipBroken, "skip-broken-bitmaps", false, "leave out bitmaps that are inconsistent (needs --bitmaps)")
+	f.BoolVar(&c.targetOpts, "target-image-opts", false, "TARGET is given as options: driver=FMT,file.filename=NAME (needs -n)")
 	f.StringVarP(&c.sparse, "sparse-size", "S", "4k", "leave out zeroes in units of `SIZE`; 0 writes every byte out")
 	f.BoolVar(&c.salvage, "salvage", false, "take what cannot be read for zeroes")
 	f.StringVarP(&c.rate, "rate-limit", "r", "", "write at most `RATE` bytes a second")
@@ -69,6 +73,8 @@ type conversion struct {
 	snapshot, backing, backingFormat string
 	sparse, rate, workers            string
 	sparseGiven, backingGiven        bool
+	bitmaps, skipBroken, targetOpts  bool
+	formatGiven                      bool
 	salvage, outOfOrder, offload     bool
 	cache, sourceCache               string
 	progress, quiet                  bool
@@ -98,6 +104,9 @@ func (c *conversion) run(ctx context.Context, args []string) (err error) {
 	c.target = args[len(args)-1]
 	defer func() { err = errors.Join(err, c.closeSources()) }()
 	if err := c.openSources(ctx, args[:len(args)-1]); err != nil {
+		return err
+	}
+	if err := c.checkBitmaps(); err != nil {
 		return err
 	}
 	if !known {
@@ -132,6 +141,10 @@ func (c *conversion) check(args []string) error {
 		return errorf("Cannot enable copy offloading when -S is used")
 	case c.offload && c.salvage:
 		return errorf("Cannot use copy offloading in salvaging mode")
+	case c.skipBroken && !c.bitmaps:
+		return errorf("Use of --skip-broken-bitmaps requires --bitmaps")
+	case c.targetOpts && !c.noCreate:
+		return errorf("--target-image-opts requires use of -n flag")
 	case c.noCreate && len(c.options) > 0:
 		return errorf("-o has no effect when skipping image creation")
 	case c.targetZero && !c.noCreate:
@@ -221,9 +234,15 @@ func (c *conversion) convert(ctx context.Context) (err error) {
 	c.copying.Progress = p.set
 	c.copying.Compress, c.copying.OutOfOrder = c.compress, c.outOfOrder
 	c.warnOfLosses()
-	if err := image.Convert(ctx, target, c.sources, c.copying); err != nil {
+	err = image.Convert(ctx, target, c.sources, c.copying)
+	if err != nil {
+		err = convertError(err)
+	} else if c.bitmaps {
+		err = c.copyBitmaps(ctx, target)
+	}
+	if err != nil {
 		p.newline()
-		return convertError(err)
+		return err
 	}
 	closed = true
 	if err := errors.Join(target.Close(), c.syncNames()); err != nil {
@@ -304,9 +323,15 @@ func (c *conversion) checkBacking() error {
 
 // openTarget opens the target for writing. What stands below it is what the user said, whatever the policy.
 func (c *conversion) openTarget(ctx context.Context) (block.Device, error) {
-	target := source{format: c.format, name: c.target, policy: c.src.policy, secrets: c.creator.secrets}
+	target := source{format: c.format, policy: c.src.policy, objects: c.src.objects, imageOpts: c.targetOpts}
+	if c.targetOpts && !c.formatGiven {
+		target.format = ""
+	}
+	if err := target.set(c.target); err != nil {
+		return nil, err
+	}
 	if id, ok := c.creator.options["encrypt.key-secret"]; ok {
-		target.options = map[string]string{"encrypt.key-secret": id}
+		target.node["encrypt.key-secret"] = id
 	}
 	o := target.openOptions()
 	o.ReadOnly, o.DataFile = false, c.creator.dataPath
@@ -325,7 +350,10 @@ func (c *conversion) fit(target block.Device, total int64) error {
 	if target.Size() < total {
 		return errorf("output file is smaller than input file")
 	}
-	im, _ := target.(*qcow2.Image)
+	im, _ := block.As[*qcow2.Image](target)
+	if c.bitmaps && (im == nil || im.Version() < 3) {
+		return errorf("Format driver '%s' does not support bitmaps", target.Info().Format)
+	}
 	if c.compress && im == nil {
 		return errorf("Compression not supported for this file format")
 	}
@@ -342,6 +370,52 @@ func (c *conversion) fit(target block.Device, total int64) error {
 		c.copying.Backed, c.copying.BackingSize = true, below.Size()
 	}
 	return nil
+}
+
+// checkBitmaps finds out whether the source has bitmaps that can be copied.
+func (c *conversion) checkBitmaps() error {
+	if !c.bitmaps {
+		return nil
+	}
+	if len(c.sources) > 1 {
+		return errorf("Copying bitmaps only possible with single source")
+	}
+	im, ok := block.As[*qcow2.Image](c.opened[0])
+	if !ok {
+		return errorf("Source lacks bitmap support")
+	}
+	list, err := im.Bitmaps()
+	if err != nil {
+		return err
+	}
+	for _, b := range slices.Backward(list) { // qemu-img's order
+		if b.InUse && !c.skipBroken {
+			return errorf("Cannot copy inconsistent bitmap '%s'\nTry --skip-broken-bitmaps, or use '%s bitmap --remove' to delete it", b.Name, c.name)
+		}
+	}
+	return nil
+}
+
+// copyBitmaps copies the dirty bitmaps when the target has its content.
+func (c *conversion) copyBitmaps(ctx context.Context, target block.Device) error {
+	dst, ok := block.As[*qcow2.Image](target)
+	src, isImage := block.As[*qcow2.Image](c.opened[0])
+	if !ok || !isImage {
+		return errorf("Format driver '%s' does not support bitmaps", target.Info().Format)
+	}
+	list, err := src.Bitmaps()
+	if err != nil {
+		return err
+	}
+	for _, b := range slices.Backward(list) {
+		if b.InUse {
+			c.say("warning: Skipping inconsistent bitmap '%s'", b.Name)
+		}
+	}
+	if err := image.CopyBitmaps(ctx, dst, src); err != nil {
+		return err
+	}
+	return dst.Flush(ctx)
 }
 
 // warnOfLosses has what cannot be read be reported.

@@ -1,12 +1,15 @@
 package cli
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/droverproject/drover/block"
 )
 
 // sameConvertAsQEMU converts with both tools to "out", and compares what they say, what qemu-img info and map say of the
@@ -165,4 +168,79 @@ func TestConvertEncrypted(t *testing.T) {
 		"x"); o.code != 1 || o.stderr != "drover: Compression and encryption not supported at the same time\n" {
 		t.Errorf("compressed and encrypted: %+v", o)
 	}
+}
+
+func TestConvertBitmapsLikeQEMU(t *testing.T) {
+	images(t)
+	mustTool(t, "qemu-img", "create", "-q", "-f", "qcow2", "marked", "4M")
+	mustTool(t, "qemu-img", "bitmap", "--add", "marked", "a")
+	mustTool(t, "qemu-img", "bitmap", "--add", "-g", "128k", "marked", "b")
+	mustTool(t, "qemu-img", "bitmap", "--add", "marked", "c")
+	mustTool(t, "qemu-io", "-f", "qcow2", "-c", "write 1M 64k", "marked")
+	mustTool(t, "qemu-img", "bitmap", "--disable", "marked", "b")
+	mustTool(t, "qemu-io", "-f", "qcow2", "-c", "write 3M 64k", "marked")
+	brokenBitmap(t, "marked", "inconsistent")
+	blank := func() { mustTool(t, "qemu-img", "create", "-q", "-f", "qcow2", "out", "4M") }
+	taken := func() { blank(); mustTool(t, "qemu-img", "bitmap", "--add", "out", "b") }
+	rawTarget := func() { mustTool(t, "qemu-img", "create", "-q", "-f", "raw", "out", "4M") }
+	for _, args := range []string{
+		"--bitmaps -O qcow2 marked out", "--bitmaps -O qcow2 -c marked out", "--bitmaps -O qcow2 -o cluster_size=4k marked out",
+		"--bitmaps -O qcow2 inconsistent out", "--bitmaps --skip-broken-bitmaps -O qcow2 inconsistent out", "--skip-broken-bitmaps -O qcow2 marked out",
+		"--bitmaps marked out", "--bitmaps -O qcow2 -o compat=0.10 marked out", "--bitmaps -O qcow2 marked marked out", "--bitmaps -O qcow2 raw out",
+		"--bitmaps -O qcow2 plain out", "--bitmaps -O qcow2 snap out", "--bitmaps -O qcow2 -l one snap out", "--target-image-opts marked out",
+		"--target-image-opts --bitmaps marked driver=qcow2,file.filename=out",
+	} {
+		sameConvertAsQEMU(t, nil, strings.Fields(args)...)
+	}
+	for _, args := range []string{
+		"-n --bitmaps -O qcow2 marked out", "-n --bitmaps --target-image-opts marked driver=qcow2,file.filename=out",
+		"-n --target-image-opts -O qcow2 marked driver=qcow2,file.filename=out", "-n --target-image-opts marked file.filename=out,driver=qcow2,file.driver=file",
+		"-n --target-image-opts marked driver=nosuch,file.filename=out", "-n --target-image-opts marked driver=qcow2,file.filename=nosuch",
+		"-n --target-image-opts marked driver=raw,file.filename=out",
+	} {
+		sameConvertAsQEMU(t, blank, strings.Fields(args)...)
+	}
+	sameConvertAsQEMU(t, taken, "-n", "--bitmaps", "-O", "qcow2", "marked", "out")
+	sameConvertAsQEMU(t, rawTarget, "-n", "--bitmaps", "-O", "raw", "marked", "out")
+	sameConvertAsQEMU(t, rawTarget, "-n", "--target-image-opts", "marked", "driver=raw,file.filename=out")
+	for _, args := range [][]string{{"-O", "qcow2", "marked", "out"}} {
+		mustDrover(t, append([]string{"convert", "--bitmaps"}, args...)...)
+		for _, name := range []string{"a", "b", "c"} {
+			want := dirtyMap(t, "marked", name)
+			if got := dirtyMap(t, "out", name); got != want || !strings.Contains(want, `"data": false`) {
+				t.Errorf("bitmap %s is %s, not %s", name, got, want)
+			}
+		}
+	}
+}
+
+// brokenBitmap copies an image while somebody writes to it, so that the copy says that its bitmaps are in use.
+func brokenBitmap(t *testing.T, from, to string) {
+	t.Helper()
+	dev, err := block.Open(t.Context(), from, block.OpenOptions{Format: "qcow2"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(dev.WriteAt(t.Context(), []byte("x"), 0, 0), dev.Flush(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	put(t, to, string(b))
+	if err := dev.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// dirtyMap returns what stock qemu-nbd and qemu-img tell of a bitmap.
+func dirtyMap(t *testing.T, file, bitmap string) string {
+	t.Helper()
+	dir := t.TempDir()
+	sock := dir + "/s"
+	mustTool(t, "qemu-nbd", "--fork", "-r", "-f", "qcow2", "-B", bitmap, "-k", sock, "--pid-file", dir+"/pid", file)
+	o := tool(t, "qemu-img", "map", "--output=json", "--image-opts",
+		"driver=nbd,server.type=unix,server.path="+sock+",x-dirty-bitmap=qemu:dirty-bitmap:"+bitmap)
+	return o.stdout
 }
