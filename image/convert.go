@@ -28,6 +28,9 @@ type ConvertOptions struct {
 	// Workers is how many pieces are in hand at a time; OutOfOrder also writes them as they come.
 	Workers    int
 	OutOfOrder bool
+	// Offload has the host copy data inside the kernel where it can, zeroes in it and all. Without it, too, space is shared
+	// between source and target where the file system can do that.
+	Offload bool
 	// Rate bounds how many bytes are written in a second; 0 means no bound.
 	Rate int64
 	// Salvage, if not nil, is told of sectors that cannot be read, and the target gets zeroes there.
@@ -74,6 +77,9 @@ func Convert(ctx context.Context, target block.Device, sources []block.Device, o
 	}
 	c.piece = max(pieceSize, c.align, o.Sparse)
 	c.pace = newPace(o.Rate)
+	if !o.Compress && o.Salvage == nil && (o.Offload || o.Sparse > 0) { // with Sparse 0 the target gets space of its own
+		c.offload = newOffload(target, sources, o.Offload)
+	}
 	produce := func(emit func(*piece) bool) error { return c.produce(ctx, emit) }
 	done := func(p *piece) error { return c.done(ctx, p) }
 	if err := inOrder(ctx, max(o.Workers, 1), produce, c.work, done); err != nil {
@@ -94,6 +100,7 @@ type converter struct {
 	total        int64
 	align, piece int64
 	pace         pace
+	offload      *offload // nil: everything is read and written
 }
 
 // produce cuts the sources into pieces that start and end at whole clusters where the target is compressed. Offsets of
@@ -182,14 +189,33 @@ func (c *converter) state(ctx context.Context, cursors []*cursor, off int64) (ui
 // work reads a piece, and writes it if order does not matter.
 func (c *converter) work(ctx context.Context, p *piece) error {
 	if p.kind == convertData {
-		if err := c.read(ctx, p); err != nil {
+		if err := c.locate(ctx, p); err != nil {
 			return err
+		}
+		if p.host == nil {
+			if err := c.read(ctx, p); err != nil {
+				return err
+			}
 		}
 	}
 	if c.o.OutOfOrder {
 		return c.write(ctx, p)
 	}
 	return nil
+}
+
+// locate finds out whether the host can copy a piece.
+func (c *converter) locate(ctx context.Context, p *piece) (err error) {
+	if c.offload == nil {
+		return nil
+	}
+	i := c.sourceAt(p.off)
+	from := p.off - c.starts[i]
+	if from+p.n > c.sources[i].Size() {
+		return nil // it is in two sources
+	}
+	p.host, err = c.offload.find(ctx, i, from, p.n)
+	return err
 }
 
 // done writes a piece, if that has not been done, and reports progress.
@@ -251,6 +277,14 @@ func (c *converter) write(ctx context.Context, p *piece) error {
 		return nil
 	case convertZero:
 		return c.zero(ctx, p.off, p.n)
+	}
+	if p.host != nil {
+		if done, err := c.offload.copy(ctx, p.host, p.off); done || err != nil {
+			return err
+		}
+		if err := c.read(ctx, p); err != nil {
+			return err
+		}
 	}
 	buf := (*p.buf)[:p.n]
 	err := c.writeData(ctx, buf, p.off)

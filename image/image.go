@@ -62,6 +62,7 @@ type piece struct {
 	kind   uint8
 	buf    *[]byte // what was read
 	runs   []pieceRun
+	host   []hostRun // where it lies, to be copied by the host
 	err    error
 	ready  chan struct{}
 }

@@ -54,7 +54,7 @@ options of a target.`,
 	f.StringVarP(&c.rate, "rate-limit", "r", "", "write at most `RATE` bytes a second")
 	f.StringVarP(&c.workers, "parallel", "m", "8", "`number` of reads at a time, 1 to 16")
 	f.BoolVarP(&c.outOfOrder, "out-of-order", "W", false, "write in the order in which reads end")
-	f.BoolVarP(&c.offload, "copy-offload", "C", false, "leave copying to the host where it can (accepted, without effect)")
+	f.BoolVarP(&c.offload, "copy-offload", "C", false, "have the host copy inside the kernel where it can, zeroes in the data and all")
 	cacheFlag(f, &c.cache)
 	f.StringVarP(&c.sourceCache, "source-cache", "T", "", "cache `mode` of qemu-img for the source (accepted, without effect)")
 	f.BoolVarP(&c.progress, "progress", "p", false, "show progress")
@@ -232,7 +232,7 @@ func (c *conversion) convert(ctx context.Context) (err error) {
 	}
 	p := newProgress(c.out, c.progress && !c.quiet)
 	c.copying.Progress = p.set
-	c.copying.Compress, c.copying.OutOfOrder = c.compress, c.outOfOrder
+	c.copying.Compress, c.copying.OutOfOrder, c.copying.Offload = c.compress, c.outOfOrder, c.offload
 	c.warnOfLosses()
 	err = image.Convert(ctx, target, c.sources, c.copying)
 	if err != nil {
