@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"cmp"
 	"context"
 	_ "embed"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 )
 
@@ -27,6 +29,10 @@ type Job struct {
 	Folder string
 	Files  map[string]string // further host files by their names in the guest
 	Log    io.Writer         // gets the console
+	// Tools is a disk from PrepareTools, if the job needs it.
+	Tools    string
+	DiskSize string // of the guest's disk; empty: 1536M
+	Memory   int    // of the guest in MiB; 0: 1536
 }
 
 // Result is one thing that a job has looked at.
@@ -39,7 +45,10 @@ type Result struct {
 // ErrNoEnd is wrapped when the guest stopped before its job was done.
 var ErrNoEnd = errors.New("the job did not end")
 
-const diskSize = "1536M"
+const (
+	defaultDisk   = "1536M"
+	defaultMemory = 1536
+)
 
 var resultLine = regexp.MustCompile(`(?m)^RESULT (\S+) (ok|FAIL) ?([^\n]*)`)
 
@@ -58,14 +67,19 @@ func (vm *VM) Run(ctx context.Context, j Job) ([]Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := output("", mke2fs, "-q", "-F", "-t", "ext4", "-d", content, disk, diskSize); err != nil {
+	if _, err := output("", mke2fs, "-q", "-F", "-t", "ext4", "-d", content, disk, cmp.Or(j.DiskSize, defaultDisk)); err != nil {
 		return nil, err
 	}
 	var console strings.Builder
-	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "1536",
+	args := []string{"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(cmp.Or(j.Memory, defaultMemory)),
 		"-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
-		"-kernel", vm.kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1",
-		"-drive", "if=virtio,format=raw,cache=unsafe,file="+disk)
+		// The kernel would not trust the processor's clock, and its other clocks are devices, each look at which is an exit.
+		"-kernel", vm.kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1 tsc=reliable clocksource=tsc",
+		"-drive", "if=virtio,format=raw,cache=unsafe,file=" + disk}
+	if j.Tools != "" {
+		args = append(args, "-drive", "if=virtio,format=raw,read-only=on,file="+j.Tools)
+	}
+	cmd := exec.CommandContext(ctx, "qemu-system-x86_64", args...)
 	cmd.Stdout = &console
 	if j.Log != nil {
 		cmd.Stdout = io.MultiWriter(&console, j.Log)

@@ -64,12 +64,15 @@ enable() {
 }
 
 # attach NAME LUN: sets DISK to the new block device.
-attach() {
+attach() { attach_path $CORE/user_0/"$1" "$2"; }
+
+# attach_path BACKSTORE LUN
+attach_path() {
   BEFORE=$(echo /sys/block/sd*)
   mkdir -p $LOOP/tpgt_1
   [ -n "$(cat $LOOP/tpgt_1/nexus 2>/dev/null)" ] || echo naa.5001405000000001 > $LOOP/tpgt_1/nexus
   mkdir -p $LOOP/tpgt_1/lun/lun_"$2"
-  ln -s $CORE/user_0/"$1" $LOOP/tpgt_1/lun/lun_"$2"/link || return 1
+  ln -s "$1" $LOOP/tpgt_1/lun/lun_"$2"/link || return 1
   eventually new_disk || return 1
   DISK=/dev/$(new_disk)
 }
@@ -94,4 +97,46 @@ detach() {
   rm $LOOP/tpgt_1/lun/lun_"$2"/link
   rmdir $LOOP/tpgt_1/lun/lun_"$2"
   rmdir $CORE/user_0/"$1"
+}
+
+# tools mounts the disk of tools, for programs that run under chroot.
+tools() {
+  mkdir -p /tools
+  mount -t ext4 -o ro /dev/vdb /tools || return 1
+  for dir in proc sys dev run disk; do mount -o bind /$dir /tools/$dir; done
+  mount -o bind /sys/kernel/config /tools/sys/kernel/config
+  for dir in tmp root var/log var/target etc/target lib/modules; do
+    mount -t tmpfs none /tools/$dir
+  done
+  # tcmu-runner and rtslib ask libkmod for modules, though these are loaded already.
+  mkdir -p /tools/lib/modules/$(uname -r)
+  cp -r /modules /tools/lib/modules/$(uname -r)/kernel
+  chroot /tools /sbin/depmod 2> /dev/null
+}
+
+# start_bus starts a system bus on which everybody may do everything.
+start_bus() {
+  mkdir -p /run/dbus
+  cat > /tmp/bus.conf << 'END'
+<busconfig>
+  <type>system</type>
+  <listen>unix:path=/run/dbus/system_bus_socket</listen>
+  <policy context="default">
+    <allow user="*"/><allow own="*"/><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/>
+  </policy>
+</busconfig>
+END
+  dbus-daemon --config-file=/tmp/bus.conf --fork --nopidfile --nosyslog
+}
+
+# start_runner starts Debian's tcmu-runner.
+start_runner() {
+  chroot /tools /usr/bin/tcmu-runner "$@" > /tmp/runner.log 2>&1 &
+  DAEMON=$!
+  eventually runner_ready
+}
+
+runner_ready() {
+  dbus-send --system --print-reply --dest=org.kernel.TCMUService1 /org/kernel/TCMUService1 \
+    org.freedesktop.DBus.ObjectManager.GetManagedObjects
 }
