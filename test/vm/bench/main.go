@@ -41,6 +41,7 @@ func run() error {
 		contenders = flag.String("contenders", "drover tcmu-runner fileio", "who takes part")
 		rounds     = flag.Int("rounds", 3, "rounds")
 		seconds    = flag.Int("seconds", 4, "length of one run")
+		count      = flag.Bool("count", true, "measure by a clock that counts instructions, whatever else the host does")
 		markdown   = flag.String("markdown", "", "write the report to this file as Markdown")
 	)
 	flag.Parse()
@@ -78,7 +79,7 @@ func run() error {
 	}
 	defer log.Close()
 	results, err := machine.Run(ctx, vm.Job{Drover: *drover, Script: vm.BenchScript, Folder: dir, Tools: tools, DiskSize: "8G",
-		Memory: 3072, Files: map[string]string{"job/params": params}, Log: io.MultiWriter(log, os.Stderr)})
+		Memory: 3072, Count: *count, Files: map[string]string{"job/params": params}, Log: io.MultiWriter(log, os.Stderr)})
 	for _, r := range results {
 		if !r.OK {
 			err = errors.Join(err, fmt.Errorf("%s: %s", r.Name, r.Text))
