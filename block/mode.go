@@ -51,6 +51,9 @@ type moded struct {
 	closed atomic.Bool
 }
 
+// Unwrap implements Wrapper.
+func (d *moded) Unwrap() Device { return d.Device }
+
 // durable says whether a change for which the caller asked for durability, or did not, has to be durable.
 func (d *moded) durable(asked bool) bool {
 	return !d.mode.NoFlush && (asked || d.mode.Writethrough)

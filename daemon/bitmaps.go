@@ -23,23 +23,46 @@ type bitmapped interface {
 func bitmapContexts(e Export, dev block.Device) ([]nbd.Context, error) {
 	var contexts []nbd.Context
 	for _, name := range e.Bitmaps {
-		if err := usableBitmap(dev, name); err != nil {
+		c, err := BitmapContext(dev, name)
+		if err != nil {
 			return nil, fmt.Errorf("%q: %w", e.Image, err)
 		}
-		im := dev.(bitmapped)
-		contexts = append(contexts, nbd.Context{
-			Name: "qemu:dirty-bitmap:" + name,
-			BlockStatus: func(ctx context.Context, off, n int64, fn func(int64, uint32) bool) error {
-				return im.BitmapExtents(ctx, name, off, n, func(n int64, dirty bool) bool {
-					if dirty {
-						return fn(n, stateDirty)
-					}
-					return fn(n, 0)
-				})
-			},
-		})
+		contexts = append(contexts, c)
 	}
 	return contexts, nil
+}
+
+// BitmapContext makes a metadata context, qemu:dirty-bitmap:NAME, of a dirty bitmap of dev. Beyond dev's end, for a device
+// served in its place that is longer, nothing is dirty.
+func BitmapContext(dev block.Device, name string) (nbd.Context, error) {
+	if err := usableBitmap(dev, name); err != nil {
+		return nbd.Context{}, err
+	}
+	im := dev.(bitmapped)
+	return nbd.Context{
+		Name: "qemu:dirty-bitmap:" + name,
+		BlockStatus: func(ctx context.Context, off, n int64, fn func(int64, uint32) bool) error {
+			inside := min(n, max(dev.Size()-off, 0))
+			more := true
+			if inside > 0 {
+				err := im.BitmapExtents(ctx, name, off, inside, func(n int64, dirty bool) bool {
+					state := uint32(0)
+					if dirty {
+						state = stateDirty
+					}
+					more = fn(n, state)
+					return more
+				})
+				if err != nil {
+					return err
+				}
+			}
+			if more && n > inside {
+				fn(n-inside, 0)
+			}
+			return nil
+		},
+	}, nil
 }
 
 // usableBitmap returns why a bitmap cannot be served.

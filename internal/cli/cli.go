@@ -42,6 +42,7 @@ func personalities() []personality {
 		{program, (*app).runDrover},
 		{"qemu-img", (*app).runQemuImg},
 		{"qemu-io", (*app).runQemuIO},
+		{"qemu-nbd", (*app).runQemuNBD},
 	}
 }
 
@@ -206,7 +207,7 @@ otherwise.`,
 		},
 	})
 	root.AddCommand(a.imageCommands()...)
-	root.AddCommand(a.serveCommand(), a.tcmuCommand(), a.ctlCommand(), a.versionCommand())
+	root.AddCommand(a.serveCommand(), a.tcmuCommand(), a.ctlCommand(), a.nbdCommand(), a.versionCommand())
 	for _, c := range root.Commands() {
 		c.Flags().SortFlags = false
 	}

@@ -23,6 +23,8 @@ type source struct {
 	format     string
 	forceShare bool
 	imageOpts  bool
+	direct     bool // bypass the page cache
+	noDiscard  bool // ignore discards, unless the image's options say otherwise
 	policy     policyFlags
 
 	name        string        // as given, for messages
@@ -31,8 +33,8 @@ type source struct {
 	options     map[string]string
 	objects     objectFlags
 	warn        func(string) // says what qemu-img warns of; may be nil
-	secrets secrets
-	noData  bool // the command needs no data: an encrypted image may stay locked
+	secrets     secrets
+	noData      bool // the command needs no data: an encrypted image may stay locked
 }
 
 // policyFlags say which files an image may refer to.
@@ -93,7 +95,8 @@ func (s *source) openOptions() block.OpenOptions {
 		format = "" // the node has it
 	}
 	return block.OpenOptions{
-		Node: s.node, Format: format, Object: s.objects.lookup, Warn: s.warn, AllowProbe: true, ProbeBacking: true, ReadOnly: true, ForceShare: s.forceShare,
+		Node: s.node, Format: format, Object: s.objects.lookup, Warn: s.warn, AllowProbe: true, ProbeBacking: true,
+		ReadOnly: true, ForceShare: s.forceShare, Direct: s.direct, IgnoreDiscard: s.noDiscard,
 		Policy: s.policy.policy(), Options: s.options,
 		Secret: s.secrets.lookup, NoData: s.noData,
 	}

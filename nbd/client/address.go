@@ -58,9 +58,20 @@ func (e *ConnectError) Error() string {
 	case errors.As(e.Err, &errno):
 		reason = capital(errno.Error())
 	case errors.As(e.Err, &dns):
-		return fmt.Sprintf("address resolution failed for %s: %s", e.Address, dns.Err)
+		return fmt.Sprintf("address resolution failed for %s: %s", e.Address, lookupReason(dns))
 	}
 	return fmt.Sprintf("Failed to connect to '%s': %s", e.Address, reason)
+}
+
+// lookupReason is what the C library says of a name that stands for nothing.
+func lookupReason(err *net.DNSError) string {
+	switch {
+	case strings.HasPrefix(err.Err, "unknown port"):
+		return "Servname not supported for ai_socktype"
+	case err.IsNotFound:
+		return "Name or service not known"
+	}
+	return err.Err
 }
 
 // Unwrap returns the cause.

@@ -27,7 +27,7 @@ const (
 var layers = map[string][]string{
 	"cmd/drover": {"internal/cli", "luks/ciphers"},
 	"internal/cli": {
-		"daemon", "nbd", "tcmu", "scsi", "image", "qcow2", "luks", "block", "storage",
+		"daemon", "nbd", "tcmu", "scsi", "image", "qcow2", "luks", "block", "storage", "internal/nbddev",
 	},
 	"daemon": {"nbd", "tcmu", "image", "block", "qcow2", "storage"},
 	"nbd":    {"block", "storage"},
@@ -42,6 +42,8 @@ var layers = map[string][]string{
 	"storage":      {},
 	// Certificates for tests.
 	"internal/certtest": {},
+	// The kernel's NBD client.
+	"internal/nbddev": {},
 }
 
 // modules says which modules outside the standard library a folder's own code may use. Tests may use testModules too.
@@ -61,6 +63,7 @@ var modules = map[string][]string{
 	"test":         {"golang.org/x/sys"},
 
 	"internal/certtest": {},
+	"internal/nbddev":   {"golang.org/x/sys", "github.com/mdlayher/genetlink", "github.com/mdlayher/netlink"},
 }
 
 var testModules = []string{

@@ -1,0 +1,46 @@
+//go:build unix
+
+package cli
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"runtime"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// self is the file of this program, also when another one has taken its name meanwhile.
+func self() string {
+	if runtime.GOOS == "linux" {
+		return "/proc/self/exe"
+	}
+	name, err := os.Executable()
+	if err != nil {
+		return os.Args[0]
+	}
+	return name
+}
+
+func ownSession() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setsid: true} }
+
+// detachTerminal puts nothing in place of the standard files, and leaves the folder, which somebody may want to unmount.
+func detachTerminal() error {
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	for fd := range 3 {
+		err = errors.Join(err, replaceFD(int(null.Fd()), fd))
+	}
+	return errors.Join(err, null.Close(), os.Chdir("/"))
+}
+
+// umask is what the user masks in the modes of new files.
+func umask() fs.FileMode {
+	mask := unix.Umask(0o077) // there is no way to ask; what is made meanwhile is nobody else's business
+	unix.Umask(mask)
+	return fs.FileMode(mask)
+}
