@@ -31,6 +31,8 @@ type FormatOptions struct {
 	NoData bool // data will be neither read nor written
 	// OnCorrupt, if not nil, is called once when the image has been marked corrupt. It must not wait for the image.
 	OnCorrupt func(error)
+	// OnRepair, if not nil, is told of the repair of an image that was not closed cleanly.
+	OnRepair func(Repair)
 	// OpenBacking opens the backing file that the image names (or that the caller put in its place), read-only. format
 	// is what the image says of it, "" when it says nothing. A name of "" says that the image names none; the options may.
 	// It applies the caller's policy. It returns nil and no

@@ -63,6 +63,8 @@ type OpenOptions struct {
 	// OnCorrupt, if not nil, is called once for an image that has been marked corrupt because a change met impossible
 	// metadata, with its name. The image is only read from then on. It must not wait for the image.
 	OnCorrupt func(name string, err error)
+	// OnRepair, if not nil, is told of an image that was not closed cleanly and was repaired when it was opened for writing.
+	OnRepair func(name string, r Repair)
 }
 
 // Backing names a backing file at the user's word, which no policy judges.
@@ -289,6 +291,9 @@ func (l *layer) openFormat(ctx context.Context, file storage.File, format string
 		Memory: l.o.Memory, OpenBacking: refs.openBacking, OpenDataFile: refs.openData}
 	if tell := l.o.OnCorrupt; tell != nil {
 		fo.OnCorrupt = func(err error) { tell(l.path, err) }
+	}
+	if tell := l.o.OnRepair; tell != nil {
+		fo.OnRepair = func(r Repair) { tell(l.path, r) }
 	}
 	if format == FormatRaw && probed && !u.readOnly {
 		return openProbedRaw(file, fo)

@@ -129,6 +129,9 @@ func (h *tcmuHandler) open(ctx context.Context, d diskConfig) (block.Device, err
 	dev, err := block.Open(ctx, d.path, block.OpenOptions{
 		Format: h.format, ReadOnly: d.readOnly || h.c.ReadOnly || d.snapshot != "", Policy: h.c.Policy,
 		Options: d.options, Memory: h.memory,
+		OnRepair: func(name string, r block.Repair) {
+			h.c.Log.Warn(r.String(), "image", name)
+		},
 		OnCorrupt: func(name string, err error) {
 			h.c.Log.Error("image marked corrupt, only read from now on", "image", name, "error", err)
 		},

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/check"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/storage"
@@ -63,4 +64,13 @@ func reopenRepaired(ctx context.Context, file storage.File, o Options) (*Image, 
 		return nil, &ReadOnlyError{[]string{"it was not closed cleanly, and what is wrong with it could not all be repaired"}}
 	}
 	return newImage(file, hdr, o), nil
+}
+
+// repairOf is what users of an image in general are told of a repair.
+func repairOf(r *RepairReport) block.Repair {
+	out := block.Repair{Errors: r.CorruptionsFixed, Leaks: r.LeaksFixed, Notes: r.Notes}
+	if r.After != nil {
+		out.ErrorsLeft, out.LeaksLeft = r.After.Corruptions, r.After.Leaks
+	}
+	return out
 }

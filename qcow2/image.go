@@ -149,6 +149,9 @@ func openFormat(ctx context.Context, file storage.File, o block.FormatOptions) (
 		return nil, err
 	}
 	opts := Options{Name: o.Name, ReadOnly: o.ReadOnly, OnCorrupt: o.OnCorrupt, Memory: o.Memory}
+	if tell := o.OnRepair; tell != nil {
+		opts.OnRepair = func(r *RepairReport) { tell(repairOf(r)) }
+	}
 	if err := opts.runtime(o.Options, hdr); err != nil {
 		return nil, err
 	}

@@ -154,6 +154,7 @@ func (a *app) openChain(ctx context.Context, src *source, depth int) (block.Devi
 	}
 	o := src.openOptions()
 	o.ReadOnly, o.WriteDepth = false, depth
+	o.OnRepair = a.tellRepair
 	dev, err := block.Open(ctx, src.name, o)
 	if err != nil {
 		return nil, openError(src.name, err)

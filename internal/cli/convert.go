@@ -335,6 +335,7 @@ func (c *conversion) openTarget(ctx context.Context) (block.Device, error) {
 	}
 	o := target.openOptions()
 	o.ReadOnly, o.DataFile = false, c.creator.dataPath
+	o.OnRepair = c.tellRepair
 	if c.backing != "" {
 		o.Backing = &block.Backing{Name: block.ResolveName(c.target, c.backing), Format: c.backingFormat}
 	}

@@ -13,6 +13,9 @@ const guessedRaw = `WARNING: Image format was not specified for '%s' and probing
          Specify the 'raw' format explicitly to remove the restrictions.
 `
 
+// tellRepair tells of an image that was repaired because it was not closed cleanly.
+func (a *app) tellRepair(name string, r block.Repair) { a.say("%s: %v", name, r) }
+
 // openDevice opens the disk inside an image, with the images below it.
 func (a *app) openDevice(ctx context.Context, src *source, readOnly bool) (block.Device, error) {
 	if err := src.checkFormat(); err != nil {
@@ -23,6 +26,7 @@ func (a *app) openDevice(ctx context.Context, src *source, readOnly bool) (block
 	}
 	o := src.openOptions()
 	o.ReadOnly = readOnly
+	o.OnRepair = a.tellRepair
 	dev, err := block.Open(ctx, src.name, o)
 	if err != nil {
 		return nil, openError(src.name, err)

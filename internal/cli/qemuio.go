@@ -275,6 +275,7 @@ func (p *ioOpener) openMode(ctx context.Context, src *source, o qemuio.Opening) 
 	opts := src.openOptions()
 	opts.ReadOnly = o.ReadOnly || o.Snapshot
 	opts.Direct = o.Direct()
+	opts.OnRepair = p.tellRepair
 	dev, err := block.Open(ctx, src.name, opts)
 	if err != nil {
 		return nil, errors.New(openReason(src.name, err))

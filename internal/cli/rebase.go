@@ -179,6 +179,7 @@ func (a *app) openAlone(ctx context.Context, src *source) (block.Device, error) 
 	}
 	o := src.openOptions()
 	o.ReadOnly, o.NoBacking = false, true
+	o.OnRepair = a.tellRepair
 	dev, err := block.Open(ctx, src.name, o)
 	if err != nil {
 		return nil, openError(src.name, err)

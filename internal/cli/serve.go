@@ -185,6 +185,7 @@ func (s *server) config(args []string) (daemon.Config, error) {
 	open := block.OpenOptions{
 		Object: s.objects.lookup, Warn: s.warn,
 		Secret: secrets.lookup, Format: s.format, ReadOnly: s.readOnly, ForceShare: s.forceShare, Policy: s.policy.policy(),
+		OnRepair: func(name string, r block.Repair) { s.log.Warn(fmt.Sprintf("%s: %v", name, r)) },
 		OnCorrupt: func(name string, err error) {
 			s.log.Error(fmt.Sprintf("%s: Marking image as corrupt: %v; it is only read from now on", name, err))
 		},
