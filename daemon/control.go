@@ -498,7 +498,7 @@ func (k *Control) reload(*http.Request) (any, error) {
 	}
 	changes, err := k.c.Reload()
 	if err != nil {
-		return nil, err
+		return nil, &statusError{http.StatusConflict, err}
 	}
 	if changes == nil {
 		changes = []string{}

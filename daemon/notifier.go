@@ -51,3 +51,6 @@ func Notify(getenv func(string) string, state string) error {
 	}
 	return errors.Join(n.Tell(state), n.Close())
 }
+
+// Reloading is the state of a server that reads its configuration again. READY=1 ends it.
+func Reloading() string { return "RELOADING=1" + sinceBoot() }

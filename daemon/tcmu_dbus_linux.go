@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -31,8 +32,8 @@ const (
 // tcmuDescriptions are what targetcli shows of a handler.
 func tcmuDescription(name string) string {
 	if tcmuFormats[name] == "qcow2" {
-		return "The path of a QCOW2 image, then options, each after a semicolon: read-only, snapshot=NAME, or a runtime option" +
-			" such as l2-cache-size=64M."
+		return "The path of a QCOW2 image, then options, each after a semicolon: read-only, snapshot=NAME, encrypt.key-secret=ID, or a" +
+			" runtime option such as l2-cache-size=64M."
 	}
 	return "The path of a raw image, then options, each after a semicolon: read-only."
 }
@@ -41,6 +42,8 @@ func tcmuDescription(name string) string {
 type TCMUBus struct {
 	conn *dbus.Conn
 	log  *slog.Logger
+	// probe opens the image of a configuration and closes it again, and says why it cannot; nil: nobody tries.
+	probe func(config string) error
 
 	mu       sync.Mutex
 	external map[string]externalHandler // by subtype
@@ -109,8 +112,8 @@ func (b *TCMUBus) export() error {
 		return err
 	}
 	for name := range tcmuFormats {
-		check := func(config string) (bool, string, *dbus.Error) {
-			ok, why := checkFor(name, config)
+		check := func(sender dbus.Sender, config string) (bool, string, *dbus.Error) {
+			ok, why := b.checkConfig(sender, name, config)
 			return ok, why, nil
 		}
 		if err := b.exportHandler(name, tcmuDescription(name), check); err != nil {
@@ -145,6 +148,25 @@ func (b *TCMUBus) describe() error {
 	return b.conn.Export(introspect.NewIntrospectable(manager), busManagerPath, dbusIntrospection)
 }
 
+// checkConfig is CheckConfig of one of our handlers. Who may read every image anyway is told whether this one can be opened.
+func (b *TCMUBus) checkConfig(sender dbus.Sender, handler, config string) (bool, string) {
+	ok, why := checkFor(handler, config)
+	if !ok || b.probe == nil || !b.privileged(sender) {
+		return ok, why
+	}
+	if err := b.probe(config); err != nil {
+		return false, strings.ReplaceAll(err.Error(), "\n", "; ")
+	}
+	return true, "success"
+}
+
+// privileged reports whether a caller is root, or the user of this process.
+func (b *TCMUBus) privileged(sender dbus.Sender) bool {
+	var uid uint32
+	err := b.conn.BusObject().Call("org.freedesktop.DBus.GetConnectionUnixUser", 0, string(sender)).Store(&uid)
+	return err == nil && (uid == 0 || uid == uint32(os.Geteuid()))
+}
+
 // checkFor is CheckConfig of one handler. It tells of the syntax and never whether a file exists: anybody may ask.
 func checkFor(handler, config string) (bool, string) {
 	if name, _, _ := strings.Cut(config, "/"); name != handler {
@@ -158,8 +180,8 @@ func checkFor(handler, config string) (bool, string) {
 
 func handlerPath(name string) dbus.ObjectPath { return busPath + "/" + dbus.ObjectPath(name) }
 
-// exportHandler offers the object of one handler.
-func (b *TCMUBus) exportHandler(name, description string, check func(string) (bool, string, *dbus.Error)) error {
+// exportHandler offers the object of one handler, whose CheckConfig is check.
+func (b *TCMUBus) exportHandler(name, description string, check any) error {
 	path := handlerPath(name)
 	methods := map[string]any{
 		"CheckConfig": check,

@@ -13,6 +13,7 @@ import (
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/image"
+	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 	"github.com/droverproject/drover/tcmu"
 )
@@ -21,6 +22,8 @@ import (
 type TCMUConfig struct {
 	// Policy judges the files that images name.
 	Policy block.Policy
+	// Secret looks up the keys of encrypted images by their IDs; nil knows none.
+	Secret func(id string) ([]byte, error)
 	// ReadOnly has every disk served read-only.
 	ReadOnly bool
 	// Memory bounds the metadata caches of all images together; 0 is block.DefaultCacheBudget.
@@ -58,6 +61,7 @@ func ServeTCMU(ctx context.Context, c TCMUConfig, ready func()) error {
 		return err
 	}
 	if c.Bus != nil {
+		c.Bus.probe = func(config string) error { return probeDisk(ctx, handlers, config) }
 		if err := c.Bus.Serve(); err != nil {
 			return errors.Join(err, m.Close())
 		}
@@ -112,6 +116,23 @@ type tcmuHandler struct {
 	memory *block.CacheBudget
 }
 
+// probeDisk finds out whether the image of a configuration can be opened now. It is opened for reading only: nothing is
+// repaired on account of a question.
+func probeDisk(ctx context.Context, handlers map[string]tcmu.Handler, config string) error {
+	name, rest, _ := strings.Cut(config, "/")
+	h, ok := handlers[name].(*tcmuHandler)
+	if !ok {
+		return fmt.Errorf("nobody here handles %q", name)
+	}
+	asked := *h
+	asked.c.ReadOnly = true
+	dev, err := asked.Open(ctx, rest)
+	if err != nil {
+		return err
+	}
+	return dev.Close()
+}
+
 // Open implements tcmu.Handler.
 func (h *tcmuHandler) Open(ctx context.Context, config string) (block.Device, error) {
 	d, err := parseDisk(h.format, config)
@@ -128,7 +149,7 @@ func (h *tcmuHandler) Open(ctx context.Context, config string) (block.Device, er
 func (h *tcmuHandler) open(ctx context.Context, d diskConfig) (block.Device, error) {
 	dev, err := block.Open(ctx, d.path, block.OpenOptions{
 		Format: h.format, ReadOnly: d.readOnly || h.c.ReadOnly || d.snapshot != "", Policy: h.c.Policy,
-		Options: d.options, Memory: h.memory,
+		Options: d.options, Memory: h.memory, Secret: h.c.Secret,
 		OnRepair: func(name string, r block.Repair) {
 			h.c.Log.Warn(r.String(), "image", name)
 		},
@@ -189,6 +210,10 @@ func withErrno(err error) error {
 	var lock *storage.LockError
 	var refused *block.PolicyError
 	switch {
+	case errors.Is(err, block.ErrNoSecret):
+		return &errnoError{err, syscall.ENOKEY}
+	case errors.Is(err, qcow2.ErrWrongKey):
+		return &errnoError{err, syscall.EKEYREJECTED}
 	case errors.As(err, &lock):
 		return &errnoError{err, syscall.EBUSY}
 	case errors.As(err, &refused):
@@ -247,11 +272,13 @@ func parseDisk(format, text string) (diskConfig, error) {
 	return d, nil
 }
 
-// diskOptions are the runtime options of images in the format qcow2, whose values the format itself judges.
+// diskOptions are the runtime options of images in the format qcow2, whose values the format itself judges. A key is only ever
+// named: configurations are for everybody to read.
 var diskOptions = map[string]bool{
 	"cache-size": true, "l2-cache-size": true, "refcount-cache-size": true, "l2-cache-entry-size": true,
 	"cache-clean-interval": true, "lazy-refcounts": true, "pass-discard-request": true, "pass-discard-snapshot": true,
 	"pass-discard-other": true, "discard-no-unref": true, "overlap-check": true,
+	"encrypt.format": true, "encrypt.key-secret": true,
 }
 
 func knownOption(format, name string) bool {

@@ -8,29 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-
-	"github.com/spf13/pflag"
-
-	"github.com/droverproject/drover/daemon"
 )
-
-// logFlags say how much a server logs.
-type logFlags struct{ level string }
-
-func (l *logFlags) add(f *pflag.FlagSet) {
-	f.StringVar(&l.level, "log-level", "info", "`level` of messages: error, warn, info or debug")
-}
-
-// parse returns the level as something that can change.
-func (l *logFlags) parse() (*slog.LevelVar, error) {
-	level, err := daemon.ParseLogLevel(l.level)
-	if err != nil {
-		return nil, usagef("--log-level %s: expecting error, warn, info or debug", l.level)
-	}
-	v := new(slog.LevelVar)
-	v.Set(level)
-	return v, nil
-}
 
 // plainHandler logs a message as every other message of the program looks, what belongs to it behind: servers that run in
 // the foreground are read by people, and a service manager adds the time.

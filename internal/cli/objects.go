@@ -41,6 +41,11 @@ func (s secrets) lookup(id string) ([]byte, error) {
 	if !ok {
 		return nil, fmt.Errorf("%w '%s'", block.ErrNoSecret, id)
 	}
+	return checkPassphrase(id, b)
+}
+
+// checkPassphrase refuses a secret that is no text.
+func checkPassphrase(id string, b []byte) ([]byte, error) {
 	if !utf8.Valid(b) || bytes.IndexByte(b, 0) >= 0 {
 		return nil, errorf("Data from secret %s is not valid UTF-8", id)
 	}

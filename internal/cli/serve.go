@@ -70,7 +70,7 @@ everything is written and flushed; a second signal ends it at once.`,
 	f.DurationVar(&s.handshake, "handshake-timeout", 10*time.Second, "`time` that a client has to choose an export, 0 for ever")
 	f.BoolVar(&s.imageOpts, "image-opts", false, "images are given as options: driver=FMT,file.filename=NAME")
 	s.objects.add(f)
-	s.manage.add(f, "")
+	s.manage.add(f, "", "")
 	s.security.add(f)
 	s.policy.add(f)
 	return cmd
@@ -92,15 +92,13 @@ type server struct {
 	handshake                time.Duration
 	policy                   policyFlags
 	security                 securityFlags
-	notifier                 *daemon.Notifier
 	manage                   manageFlags
-	level                    *slog.LevelVar
-	log                      *slog.Logger
+	*manager
 }
 
 func (s *server) run(cmd *cobra.Command, args []string) error {
 	var err error
-	if s.level, err = s.manage.parse(); err != nil {
+	if s.manager, err = s.manage.start(); err != nil {
 		return err
 	}
 	s.log = slog.New(newPlainHandler(s.err, s.level))
@@ -117,54 +115,47 @@ func (s *server) run(cmd *cobra.Command, args []string) error {
 	if err := s.security.complete(&config); err != nil {
 		return err
 	}
+	if s.security.sandbox == sandboxStrict {
+		s.sealed = "the server is in a sandbox (--sandbox) and can read nothing any more: start it again for what has changed"
+	}
+	if s.security.creds != nil {
+		s.reloads = append(s.reloads, s.security.creds.Reload)
+	}
 	// From here on a signal means to stop in order, also while images are being opened.
 	ctx, signals := catchSignals(cmd.Context())
 	defer signals.release()
-	if config.Control, err = s.manage.open(ctx, s.level, s.security.owner, s.log, s.reload); err != nil {
+	if config.Control, err = s.open(ctx, s.security.owner); err != nil {
 		return err
 	}
 	d, err := daemon.Open(ctx, config)
 	if err != nil {
 		return serveError(err)
 	}
-	s.connectNotifier()
+	s.connect()
 	defer s.notifier.Close()
 	if err := s.confine(&s.security, d); err != nil {
 		return err
 	}
 	s.announce(d)
+	defer s.onHangup()()
 	return s.serve(ctx, d, signals)
 }
 
 func (s *server) serve(ctx context.Context, d *daemon.Daemon, signals *signalWatch) error {
 	done := make(chan error, 1)
 	go func() { done <- d.Serve(ctx) }()
-	s.notify("READY=1")
+	s.notify(stateReady)
 	select {
 	case err := <-done:
 		return err
 	case <-ctx.Done():
 	}
-	s.notify("STOPPING=1")
+	s.notify(stateStopping)
 	select {
 	case err := <-done:
 		return err
 	case <-signals.second:
 		return &exitError{exitForced, "ended by a second signal; writes that were not flushed may be lost"}
-	}
-}
-
-// connectNotifier finds the service manager, whose absence or failure is no reason to stop.
-func (s *server) connectNotifier() {
-	var err error
-	if s.notifier, err = daemon.NewNotifier(os.Getenv); err != nil {
-		s.log.Warn(err.Error())
-	}
-}
-
-func (s *server) notify(state string) {
-	if err := s.notifier.Tell(state); err != nil {
-		s.log.Warn(err.Error())
 	}
 }
 
@@ -178,13 +169,14 @@ func (s *server) config(args []string) (daemon.Config, error) {
 	if s.forceShare && !s.readOnly && s.snapshot == "" {
 		return c, usagef("--force-share needs --read-only")
 	}
-	secrets, err := s.objects.parse()
+	keys, err := newKeyring(&s.objects, "")
 	if err != nil {
 		return c, err
 	}
+	s.reloads = append(s.reloads, keys.reload)
 	open := block.OpenOptions{
 		Object: s.objects.lookup, Warn: s.warn,
-		Secret: secrets.lookup, Format: s.format, ReadOnly: s.readOnly, ForceShare: s.forceShare, Policy: s.policy.policy(),
+		Secret: keys.lookup, Format: s.format, ReadOnly: s.readOnly, ForceShare: s.forceShare, Policy: s.policy.policy(),
 		OnRepair: func(name string, r block.Repair) { s.log.Warn(fmt.Sprintf("%s: %v", name, r)) },
 		OnCorrupt: func(name string, err error) {
 			s.log.Error(fmt.Sprintf("%s: Marking image as corrupt: %v; it is only read from now on", name, err))
@@ -202,7 +194,7 @@ func (s *server) config(args []string) (daemon.Config, error) {
 	}
 	if len(args) == 1 {
 		e := daemon.Export{Image: args[0], Open: open, HideSnapshots: s.hideSnapshots, Bitmaps: s.bitmaps}
-		if err := s.describe(&e, args[0], secrets); err != nil {
+		if err := s.describe(&e, args[0], keys.known); err != nil {
 			return c, err
 		}
 		if s.snapshot != "" {
@@ -222,7 +214,7 @@ func (s *server) config(args []string) (daemon.Config, error) {
 			return c, usagef("--export %s: expecting NAME=IMAGE", text)
 		}
 		e := daemon.Export{Name: name, Image: file, Open: open, HideSnapshots: s.hideSnapshots, Bitmaps: s.bitmaps}
-		if err := s.describe(&e, file, secrets); err != nil {
+		if err := s.describe(&e, file, keys.known); err != nil {
 			return c, err
 		}
 		c.Exports = append(c.Exports, e)

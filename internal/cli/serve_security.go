@@ -37,6 +37,7 @@ type securityFlags struct {
 	sandbox       string
 	user          string
 	owner         *daemon.User // of sockets: --user
+	creds         *daemon.Credentials
 }
 
 func (s *securityFlags) add(f *pflag.FlagSet) {
@@ -203,11 +204,11 @@ func (s *securityFlags) encrypt(c *daemon.Config) error {
 	if s.tlsCreds == "" {
 		return nil
 	}
-	config, err := daemon.LoadTLS(s.tlsCreds, s.tlsVerifyPeer)
-	if err != nil {
+	var err error
+	if s.creds, err = daemon.LoadCredentials(s.tlsCreds, s.tlsVerifyPeer); err != nil {
 		return err
 	}
-	c.NBD.TLS = &nbd.TLS{Config: config, Required: true}
+	c.NBD.TLS = &nbd.TLS{Config: s.creds.Config(), Required: true}
 	return nil
 }
 

@@ -50,19 +50,25 @@ starts. A second signal ends it at once.`,
 	f.BoolVar(&t.writeBack, "write-back", false,
 		"acknowledge allocating writes at once: faster, but those since the last flush are lost if drover is killed")
 	f.StringVar(&t.bus, "dbus", "system", "offer the D-Bus service on the `BUS`: system, session, an address, or none")
-	t.manage.add(f, defaultControl)
+	t.manage.add(f, defaultControl, defaultTCMUConfig)
+	t.objects.add(f)
+	f.StringVar(&t.secretsDir, "secrets-dir", "", "find the secrets that configurations name in `DIR`, a file for each, called by its ID")
 	t.policy.add(f)
 	return cmd
 }
+
+// defaultTCMUConfig is read if it is there.
+const defaultTCMUConfig = "/etc/drover/tcmu.conf"
 
 // scsiServer is one run of tcmu.
 type scsiServer struct {
 	*app
 	readOnly, answerOthers, writeBack bool
-	cacheSize, bus                    string
+	cacheSize, bus, secretsDir        string
+	objects                           objectFlags
 	policy                            policyFlags
 	manage                            manageFlags
-	level                             *slog.LevelVar
+	*manager
 }
 
 func (t *scsiServer) run(cmd *cobra.Command) error {
@@ -72,32 +78,25 @@ func (t *scsiServer) run(cmd *cobra.Command) error {
 	}
 	ctx, signals := catchSignals(cmd.Context())
 	defer signals.release()
-	notifier, err := daemon.NewNotifier(os.Getenv)
-	if err != nil {
-		c.Log.Warn(err.Error())
-	}
-	defer notifier.Close()
-	tell := func(state string) {
-		if err := notifier.Tell(state); err != nil {
-			c.Log.Warn(err.Error())
-		}
-	}
+	t.connect()
+	defer t.notifier.Close()
+	defer t.onHangup()()
 	if c.Bus, err = daemon.OpenTCMUBus(t.bus, c.Log); err != nil {
 		return err
 	}
 	defer c.Bus.Close()
-	if c.Control, err = t.openControl(ctx, c.Log); err != nil {
+	if c.Control, err = t.openControl(ctx); err != nil {
 		return err
 	}
 	defer c.Control.Close()
 	done := make(chan error, 1)
-	go func() { done <- daemon.ServeTCMU(ctx, c, func() { tell("READY=1") }) }()
+	go func() { done <- daemon.ServeTCMU(ctx, c, func() { t.notify(stateReady) }) }()
 	select {
 	case err := <-done:
 		return err
 	case <-ctx.Done():
 	}
-	tell("STOPPING=1")
+	t.notify(stateStopping)
 	select {
 	case err := <-done:
 		return err
@@ -107,12 +106,18 @@ func (t *scsiServer) run(cmd *cobra.Command) error {
 }
 
 func (t *scsiServer) config() (daemon.TCMUConfig, error) {
-	c := daemon.TCMUConfig{Policy: t.policy.policy(), ReadOnly: t.readOnly, AnswerOthers: t.answerOthers, WriteBack: t.writeBack}
 	var err error
-	if t.level, err = t.manage.parse(); err != nil {
+	if t.manager, err = t.manage.start(); err != nil { // first: it may set the other flags
+		return daemon.TCMUConfig{}, err
+	}
+	t.log = slog.New(slog.NewTextHandler(t.err, &slog.HandlerOptions{Level: t.level}))
+	c := daemon.TCMUConfig{Log: t.log, Policy: t.policy.policy(), ReadOnly: t.readOnly, AnswerOthers: t.answerOthers, WriteBack: t.writeBack}
+	keys, err := newKeyring(&t.objects, t.secretsDir)
+	if err != nil {
 		return c, err
 	}
-	c.Log = slog.New(slog.NewTextHandler(t.err, &slog.HandlerOptions{Level: t.level}))
+	t.reloads = append(t.reloads, keys.reload)
+	c.Secret = keys.lookup
 	if t.cacheSize != "" {
 		n, err := block.ParseSize(t.cacheSize)
 		if err != nil || n <= 0 {
@@ -124,11 +129,11 @@ func (t *scsiServer) config() (daemon.TCMUConfig, error) {
 }
 
 // openControl opens the control socket. Its folder may be missing where no service manager made it.
-func (t *scsiServer) openControl(ctx context.Context, log *slog.Logger) (*daemon.Control, error) {
+func (t *scsiServer) openControl(ctx context.Context) (*daemon.Control, error) {
 	if t.manage.control == defaultControl {
 		if err := os.MkdirAll(filepath.Dir(defaultControl), 0o755); err != nil {
 			return nil, err
 		}
 	}
-	return t.manage.open(ctx, t.level, nil, log, nil)
+	return t.open(ctx, nil)
 }
