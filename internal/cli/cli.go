@@ -206,7 +206,7 @@ otherwise.`,
 			return c.Help()
 		},
 	})
-	root.AddCommand(a.imageCommands()...)
+	root.AddCommand(append(a.imageCommands(), a.ownCommands()...)...)
 	root.AddCommand(a.serveCommand(), a.tcmuCommand(), a.ctlCommand(), a.nbdCommand(), a.versionCommand())
 	for _, c := range root.Commands() {
 		c.Flags().SortFlags = false
