@@ -65,6 +65,9 @@ type piece struct {
 	host   []hostRun // where it lies, to be copied by the host
 	err    error
 	ready  chan struct{}
+
+	found []DiffRange // by Diff
+	hash  blockHash   // by Sum
 }
 
 // pieceRun is a part of a piece, from its beginning on.
