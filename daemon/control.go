@@ -187,6 +187,7 @@ func (k *Control) handler() http.Handler {
 		"POST /v1/disk/flush":           k.onDisk("flush", flushDisk),
 		"POST /v1/disk/check":           k.onDisk("check", checkDisk),
 		"POST /v1/disk/resize":          k.onDisk("resize", resizeDisk),
+		"POST /v1/disk/compact":         k.onDisk("compact", compactDisk),
 		"GET /v1/disk/snapshots":        k.onDisk("", listSnapshots),
 		"POST /v1/disk/snapshots":       k.onDisk("snapshot create", createSnapshot),
 		"PATCH /v1/disk/snapshots":      k.onDisk("snapshot rename", renameSnapshot),

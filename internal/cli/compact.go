@@ -139,28 +139,32 @@ type compactResult struct {
 }
 
 func (c *compacting) print(r *qcow2.CompactReport) error {
+	res := compactResult{c.src.name, c.dryRun, r.OldSize, r.NewSize, r.Moved, r.Free, r.Leaked}
 	if c.output == "json" {
-		return c.printJSON(compactResult{c.src.name, c.dryRun, r.OldSize, r.NewSize, r.Moved, r.Free, r.Leaked})
+		return c.printJSON(res)
 	}
-	if c.quiet {
-		return nil
+	if !c.quiet {
+		c.printCompacted(res)
 	}
+	return nil
+}
+
+func (a *app) printCompacted(r compactResult) {
 	size := func(n int64) string { return humanSize(uint64(max(n, 0))) }
 	verb, moved := "has become", "was"
-	if c.dryRun {
+	if r.DryRun {
 		verb, moved = "would become", "would be"
 	}
 	if r.NewSize >= r.OldSize {
-		c.printf("The file of %s has no space to be reclaimed.\n", size(r.OldSize))
+		a.printf("The file of %s has no space to be reclaimed.\n", size(r.OldSize))
 	} else {
-		c.printf("The file %s %s shorter: %s instead of %s; %s %s moved.\n", verb, size(r.OldSize-r.NewSize), size(r.NewSize),
+		a.printf("The file %s %s shorter: %s instead of %s; %s %s moved.\n", verb, size(r.OldSize-r.NewSize), size(r.NewSize),
 			size(r.OldSize), size(r.Moved), moved)
 	}
 	if r.Leaked > 0 {
-		c.printf("%d leaked clusters stand in the way: they are freed first.\n", r.Leaked)
+		a.printf("%d leaked clusters stand in the way: 'drover check -r leaks' frees them.\n", r.Leaked)
 	}
-	if r.Free > 0 && !c.dryRun {
-		c.printf("%s could not be filled: no hole is long enough for the tables at the end.\n", size(r.Free))
+	if r.Free > 0 && !r.DryRun {
+		a.printf("%s could not be filled.\n", size(r.Free))
 	}
-	return nil
 }

@@ -55,7 +55,7 @@ is the name that targetcli shows, or user_N/NAME, or the configuration string.`,
 	f.StringVar(&c.socket, "socket", "", "`path` of the server's control socket")
 	f.StringVar(&c.output, "output", "human", "`format` of the output: human or json")
 	cmd.AddCommand(c.listCommand(), c.showCommand(), c.statsCommand(), c.snapshotCommand(), c.resizeCommand(), c.bitmapCommand(),
-		c.flushCommand(), c.checkCommand(), c.exportCommand(), c.reloadCommand(), c.logLevelCommand())
+		c.flushCommand(), c.checkCommand(), c.compactCommand(), c.exportCommand(), c.reloadCommand(), c.logLevelCommand())
 	sortNoFlags(cmd)
 	return cmd
 }
