@@ -25,6 +25,8 @@ type preallocation struct {
 	// relieve makes room in the metadata cache.
 	relieve func() error
 	through bool // what lies below stays visible
+	// progress, if not nil, is told how many bytes of the range are done.
+	progress func(done, total int64)
 }
 
 func (p preallocation) mapRange(ctx context.Context, first, end meta.GuestCluster) error {
@@ -40,6 +42,9 @@ func (p preallocation) mapRange(ctx context.Context, first, end meta.GuestCluste
 			return err
 		}
 		c += meta.GuestCluster(n)
+		if p.progress != nil {
+			p.progress(int64(c-first)<<p.im.lay.ClusterBits, int64(end-first)<<p.im.lay.ClusterBits)
+		}
 	}
 	return nil
 }

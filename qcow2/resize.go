@@ -19,6 +19,9 @@ type ResizeOptions struct {
 	Shrink bool
 	// Preallocation says what becomes of the part that is added. It does not go with a smaller size.
 	Preallocation Preallocation
+	// Progress, if not nil, is told how many bytes of the part that is added have been preallocated. It must not call the
+	// image.
+	Progress func(done, total int64)
 }
 
 // Resize gives the disk another size, rounded up to whole sectors. What is added reads as zeroes, whatever the backing file
@@ -63,7 +66,7 @@ func (im *Image) resize(ctx context.Context, size int64, o ResizeOptions) error 
 	}
 	err := im.resizeBitmaps(size, func() error {
 		if size > old {
-			return im.grow(ctx, old, size, o.Preallocation)
+			return im.grow(ctx, old, size, o)
 		}
 		return im.shrink(ctx, old, size)
 	})
@@ -71,7 +74,8 @@ func (im *Image) resize(ctx context.Context, size int64, o ResizeOptions) error 
 }
 
 // grow makes everything ready behind the end of the disk, where no request reaches, and then moves the end.
-func (im *Image) grow(ctx context.Context, old, size int64, mode Preallocation) error {
+func (im *Image) grow(ctx context.Context, old, size int64, o ResizeOptions) error {
+	mode := o.Preallocation
 	if err := im.dropBeyond(ctx, old); err != nil {
 		return halfDone(err)
 	}
@@ -86,7 +90,7 @@ func (im *Image) grow(ctx context.Context, old, size int64, mode Preallocation) 
 			return err
 		}
 	}
-	err := im.fillNew(ctx, old, size, mode)
+	err := im.fillNew(ctx, old, size, mode, o.Progress)
 	if err == nil {
 		err = im.meta.SettleGated()
 	}
@@ -352,7 +356,7 @@ func allZero(b []byte) bool {
 func roundUp(n, unit int64) int64 { return n + (unit-n%unit)%unit }
 
 // fillNew makes [old, size) read as zeroes, and maps it as the preallocation asks. The mapping has nothing there.
-func (im *Image) fillNew(ctx context.Context, old, size int64, mode Preallocation) error {
+func (im *Image) fillNew(ctx context.Context, old, size int64, mode Preallocation, progress func(done, total int64)) error {
 	cs := im.lay.ClusterSize()
 	first := roundUp(old, cs)
 	if err := im.zeroRest(ctx, span{old, first - old}, true); err != nil {
@@ -362,7 +366,7 @@ func (im *Image) fillNew(ctx context.Context, old, size int64, mode Preallocatio
 	case first >= size:
 		return nil
 	case mode != PreallocOff:
-		p := preallocation{im: im, mode: mode, relieve: im.meta.PressureGated}
+		p := preallocation{im: im, mode: mode, relieve: im.meta.PressureGated, progress: progress}
 		return p.mapRange(ctx, im.cluster(first), im.cluster(roundUp(size, cs)))
 	case im.backing == nil || im.backing.Size() <= first:
 		return nil

@@ -18,10 +18,11 @@ import (
 // amender is one run of amend.
 type amender struct {
 	*app
-	src                        source
-	optionTexts                []string
-	cache                      string
-	showProgress, quiet, force bool
+	src          source
+	optionTexts  []string
+	cache        string
+	quiet, force bool
+	progress     progressFlag
 
 	options map[string]string
 }
@@ -64,7 +65,7 @@ func (a *app) amendCommand() *cobra.Command {
 	f := cmd.Flags()
 	m.src.add(cmd)
 	f.StringArrayVarP(&m.optionTexts, "options", "o", nil, "`options` to change: NAME=VALUE,...")
-	f.BoolVarP(&m.showProgress, "progress", "p", false, "show how far it is")
+	addProgress(f, &m.progress)
 	f.BoolVarP(&m.quiet, "quiet", "q", false, "print nothing but errors")
 	f.BoolVar(&m.force, "force", false, "allow what may lose the last key of an encrypted image")
 	cacheFlag(f, &m.cache)
@@ -136,7 +137,7 @@ func (m *amender) printHelp(format string) error {
 }
 
 func (m *amender) amend(ctx context.Context, im *qcow2.Image) error {
-	bar := newProgress(m.out, m.showProgress && !m.quiet)
+	bar := m.startProgress("amend", m.progress, m.quiet)
 	o, err := m.parse()
 	if keys := m.keyChange(); err == nil && keys != nil {
 		err = keys.run(ctx, im)

@@ -2,8 +2,6 @@ package cli
 
 import (
 	"errors"
-	"fmt"
-	"io"
 	"slices"
 	"syscall"
 
@@ -40,42 +38,4 @@ func checkCache(cache string) error {
 		return errorf("Invalid cache option: %s", cache)
 	}
 	return nil
-}
-
-// progress shows how far a command is, as qemu-img -p does.
-type progress struct {
-	out   io.Writer // nil for none
-	shown float64
-}
-
-func newProgress(out io.Writer, yes bool) *progress {
-	p := &progress{}
-	if yes {
-		p.out = out
-		p.show(0)
-	}
-	return p
-}
-
-func (p *progress) show(percent float64) {
-	p.shown = percent
-	if p.out != nil {
-		fmt.Fprintf(p.out, "    (%.2f/100%%)\r", percent)
-	}
-}
-
-// set shows done of total, when that is a percent or more from what is shown.
-func (p *progress) set(done, total int64) {
-	percent := 100 * float64(done) / float64(max(total, 1))
-	if percent-p.shown >= 1 || percent < p.shown {
-		p.show(percent)
-	}
-}
-
-// end shows that the command is at its end.
-func (p *progress) end() {
-	if p.out != nil {
-		p.show(100)
-		fmt.Fprintln(p.out)
-	}
 }

@@ -22,6 +22,7 @@ const (
 
 // checkFlags are what check is asked to do beside checking.
 type checkFlags struct {
+	progress      progressFlag
 	output        string
 	quiet         bool
 	repair        string // "", "leaks" or "all"
@@ -65,7 +66,7 @@ errors, 3 leaked clusters but no errors, 63 the format has nothing to check. Wit
 			case flags.repair != "":
 				return a.repair(cmd.Context(), &src, &flags)
 			}
-			return a.check(cmd.Context(), &src, flags.output == "json", flags.quiet)
+			return a.check(cmd.Context(), &src, &flags)
 		},
 	}
 	src.add(cmd)
@@ -76,6 +77,7 @@ errors, 3 leaked clusters but no errors, 63 the format has nothing to check. Wit
 	f.StringVar(&flags.undo, "undo", "", "keep what -r overwrites in a new `FILE`")
 	f.StringVar(&flags.restore, "restore", "", "put back what a repair has overwritten, from the `FILE` it kept that in")
 	f.BoolVarP(&flags.quiet, "quiet", "q", false, "print nothing but errors")
+	addOwnProgress(f, &flags.progress)
 	f.StringVarP(&cache, "cache", "T", "", "cache `mode` of qemu-img (accepted, without effect)")
 	return cmd
 }
@@ -110,7 +112,8 @@ type checkResult struct {
 	Format         string `json:"format"`
 }
 
-func (a *app) check(ctx context.Context, src *source, asJSON, quiet bool) (err error) {
+func (a *app) check(ctx context.Context, src *source, flags *checkFlags) (err error) {
+	asJSON, quiet := flags.output == "json", flags.quiet
 	file, format, err := src.openFile()
 	if err != nil {
 		return err
@@ -120,9 +123,15 @@ func (a *app) check(ctx context.Context, src *source, asJSON, quiet bool) (err e
 		return &exitError{exitNotCheckable, msgNotCheckable}
 	}
 	findings := bufio.NewWriter(a.err) // there may be millions
-	rep, err := qcow2.CheckFile(ctx, file, qcow2.CheckOptions{OnFinding: func(f qcow2.CheckFinding) {
+	bar := a.startProgress("check", flags.progress, quiet || asJSON)
+	rep, err := qcow2.CheckFile(ctx, file, qcow2.CheckOptions{Progress: bar.set, OnFinding: func(f qcow2.CheckFinding) {
 		fmt.Fprintln(findings, f.Message)
 	}})
+	if err == nil {
+		bar.end()
+	} else {
+		bar.newline()
+	}
 	_ = findings.Flush() // who does not want to hear of errors still gets the exit code
 	if err != nil && rep == nil {
 		return openError(src.name, err)

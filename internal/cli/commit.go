@@ -14,11 +14,13 @@ import (
 // committing is one run of commit.
 type committing struct {
 	*app
-	src                 source
-	base, cache, rate   string
-	baseGiven, drop     bool
-	showProgress, quiet bool
-	copying             image.CommitOptions
+	src               source
+	base, cache, rate string
+	baseGiven, drop   bool
+	quiet             bool
+	progress          progressFlag
+	output            string
+	copying           image.CommitOptions
 }
 
 func (a *app) commitCommand() *cobra.Command {
@@ -45,7 +47,8 @@ is therefore not emptied.`,
 	f.StringVarP(&c.base, "base", "b", "", "write into `BASE` further down in the chain (implies -d)")
 	f.BoolVarP(&c.drop, "drop", "d", false, "do not empty FILE, which is going to be deleted")
 	f.StringVarP(&c.rate, "rate-limit", "r", "", "write at most `RATE` bytes a second")
-	f.BoolVarP(&c.showProgress, "progress", "p", false, "show how far it is")
+	addProgress(f, &c.progress)
+	resultFlag(cmd, &c.output)
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "print nothing but errors")
 	c.src.policy.add(f)
 	return cmd
@@ -57,6 +60,9 @@ func (c *committing) run(cmd *cobra.Command, args []string) error {
 		if c.copying.Rate, err = parseSize("rate limit", c.rate); err != nil {
 			return err
 		}
+	}
+	if err := checkOutput(c.output); err != nil {
+		return err
 	}
 	if err := oneImage(cmd, args); err != nil {
 		return err
@@ -87,7 +93,7 @@ func (c *committing) commit(ctx context.Context) (err error) {
 			err = errors.Join(err, dev.Close())
 		}
 	}()
-	p := newProgress(c.out, c.showProgress && !c.quiet)
+	p := c.startProgress("commit", c.progress, c.quiet || c.output == "json")
 	c.copying.Depth, c.copying.Keep, c.copying.Progress = depth, c.drop || c.baseGiven, p.set
 	if err := image.Commit(ctx, dev, c.copying); err != nil {
 		p.newline()
@@ -99,7 +105,11 @@ func (c *committing) commit(ctx context.Context) (err error) {
 		return err
 	}
 	p.end()
-	if !c.quiet {
+	switch {
+	case c.quiet:
+	case c.output == "json":
+		return c.printResult(ctx, "commit", p.began, c.src)
+	default:
 		c.printf("Image committed.\n")
 	}
 	return nil

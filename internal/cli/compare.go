@@ -42,7 +42,7 @@ image could not be read.`,
 	f := cmd.Flags()
 	f.StringVarP(&c.second.format, "second-format", "F", "", "`format` of the second image; by default its content decides")
 	f.StringVarP(&c.cache, "cache", "T", "", "cache `mode` of qemu-img (accepted, without effect)")
-	f.BoolVarP(&c.progress, "progress", "p", false, "show progress")
+	addProgress(f, &c.progress)
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "print nothing but errors")
 	f.BoolVarP(&c.strict, "strict", "s", false, "want the same size and the same allocation as well")
 	outputFlag(cmd, &c.output)
@@ -53,9 +53,10 @@ image could not be read.`,
 // comparison is one run of compare.
 type comparison struct {
 	*app
-	first, second           source
-	cache, output           string
-	progress, quiet, strict bool
+	first, second source
+	cache, output string
+	quiet, strict bool
+	progress      progressFlag
 }
 
 func (c *comparison) run(ctx context.Context, names []string) (err error) {
@@ -82,7 +83,7 @@ func (c *comparison) run(ctx context.Context, names []string) (err error) {
 			}
 		}()
 	}
-	p := newProgress(c.out, c.progress && !c.quiet && c.output == "human")
+	p := c.startProgress("compare", c.progress, c.quiet || c.output != "human")
 	result, err := image.Compare(ctx, devs[0], devs[1], image.CompareOptions{Strict: c.strict, Progress: p.set})
 	if err != nil {
 		p.newline()
@@ -101,19 +102,6 @@ func (c *comparison) run(ctx context.Context, names []string) (err error) {
 		return &exitError{code: exitDiffer}
 	}
 	return err
-}
-
-// full and newline are the two halves of end, between which qemu-img prints what it found.
-func (p *progress) full() {
-	if p.out != nil && p.shown != 100 {
-		p.show(100)
-	}
-}
-
-func (p *progress) newline() {
-	if p.out != nil {
-		fmt.Fprintln(p.out)
-	}
 }
 
 func (c *comparison) printVerdict(r image.Comparison) {

@@ -57,7 +57,8 @@ options of a target.`,
 	f.BoolVarP(&c.offload, "copy-offload", "C", false, "have the host copy inside the kernel where it can, zeroes in the data and all")
 	cacheFlag(f, &c.cache)
 	f.StringVarP(&c.sourceCache, "source-cache", "T", "", "cache `mode` of qemu-img for the source (accepted, without effect)")
-	f.BoolVarP(&c.progress, "progress", "p", false, "show progress")
+	addProgress(f, &c.progress)
+	resultFlag(cmd, &c.output)
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "print nothing but errors")
 	c.src.policy.add(f)
 	return cmd
@@ -75,9 +76,12 @@ type conversion struct {
 	sparseGiven, backingGiven        bool
 	bitmaps, skipBroken, targetOpts  bool
 	formatGiven                      bool
+	output                           string
+	written                          source // the target
 	salvage, outOfOrder, offload     bool
 	cache, sourceCache               string
-	progress, quiet                  bool
+	quiet                            bool
+	progress                         progressFlag
 	target                           string
 	creator                          creator
 	known                            []createOption
@@ -117,6 +121,9 @@ func (c *conversion) run(ctx context.Context, args []string) (err error) {
 
 // check refuses flags that do not go together.
 func (c *conversion) check(args []string) error {
+	if err := checkOutput(c.output); err != nil {
+		return err
+	}
 	n, err := parseSize("buffer size for sparse output", c.sparse)
 	if err != nil {
 		return err
@@ -230,7 +237,7 @@ func (c *conversion) convert(ctx context.Context) (err error) {
 	if err := c.fit(target, total); err != nil {
 		return err
 	}
-	p := newProgress(c.out, c.progress && !c.quiet)
+	p := c.startProgress("convert", c.progress, c.quiet || c.output == "json")
 	c.copying.Progress = p.set
 	c.copying.Compress, c.copying.OutOfOrder, c.copying.Offload = c.compress, c.outOfOrder, c.offload
 	c.warnOfLosses()
@@ -250,6 +257,9 @@ func (c *conversion) convert(ctx context.Context) (err error) {
 		return err
 	}
 	p.end()
+	if c.output == "json" && !c.quiet {
+		return c.printResult(ctx, "convert", p.began, c.written)
+	}
 	return nil
 }
 
@@ -333,6 +343,7 @@ func (c *conversion) openTarget(ctx context.Context) (block.Device, error) {
 	if id, ok := c.creator.options["encrypt.key-secret"]; ok {
 		target.node["encrypt.key-secret"] = id
 	}
+	c.written = target
 	o := target.openOptions()
 	o.ReadOnly, o.DataFile = false, c.creator.dataPath
 	o.OnRepair = c.tellRepair

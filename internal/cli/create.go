@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -39,6 +40,7 @@ with a backing file may leave it out and is then as large as that.
 	f.BoolVarP(&c.unsafe, "unsafe", "u", false, "do not open the backing file (SIZE is then needed)")
 	f.StringArrayVarP(&c.optionTexts, "options", "o", nil, "`options` of the format: NAME=VALUE,...")
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "print nothing but errors")
+	resultFlag(cmd, &c.output)
 	c.objects.add(f)
 	return cmd
 }
@@ -48,6 +50,7 @@ type creator struct {
 	*app
 	format, backing, backingFormat string
 	backingGiven, unsafe, quiet    bool
+	output                         string
 	optionTexts                    []string
 
 	file    string
@@ -131,11 +134,18 @@ func (c *creator) run(ctx context.Context, args []string) error {
 			return errorf("%s: %w", c.file, err)
 		}
 	}
-	if !c.quiet {
+	if err := checkOutput(c.output); err != nil {
+		return err
+	}
+	began := time.Now()
+	if !c.quiet && c.output != "json" {
 		c.printf("Formatting '%s', fmt=%s%s\n", c.file, c.format, c.describe(known))
 	}
 	if err := c.create(ctx); err != nil {
 		return errorf("%s: %s", c.file, createReason(c.file, err))
+	}
+	if c.output == "json" && !c.quiet {
+		return c.printResultOf(ctx, "create", began, c.file, c.format)
 	}
 	return nil
 }

@@ -28,6 +28,8 @@ count=N. (As in qemu-img, count includes the blocks that are skipped.)`,
 	}
 	d.src.add(cmd)
 	cmd.Flags().StringVarP(&d.format, "target-format", "O", "raw", "`format` of the target: raw or qcow2")
+	addOwnProgress(cmd.Flags(), &d.progress)
+	resultFlag(cmd, &d.output)
 	d.src.policy.add(cmd.Flags())
 	return cmd
 }
@@ -41,9 +43,14 @@ type dd struct {
 	blockSize   int64
 	count, skip int64
 	counted     bool
+	progress    progressFlag
+	output      string
 }
 
 func (d *dd) run(ctx context.Context, args []string) (err error) {
+	if err := checkOutput(d.output); err != nil {
+		return err
+	}
 	for _, arg := range args {
 		if err := d.operand(arg); err != nil {
 			return err
@@ -72,13 +79,22 @@ func (d *dd) run(ctx context.Context, args []string) (err error) {
 	if err != nil {
 		return err
 	}
-	o := image.ConvertOptions{Sparse: 4096, Zero: true, Workers: 8}
+	bar := d.startProgress("dd", d.progress, d.output == "json")
+	o := image.ConvertOptions{Sparse: 4096, Zero: true, Workers: 8, Progress: bar.set}
 	err = image.Convert(ctx, target, []block.Device{part}, o)
 	err = errors.Join(ddError(err), target.Close())
 	if err == nil {
 		err = syncFolder(d.out)
 	}
-	return err
+	if err != nil {
+		bar.newline()
+		return err
+	}
+	bar.end()
+	if d.output == "json" {
+		return d.printResultOf(ctx, "dd", bar.began, d.out, d.format)
+	}
+	return nil
 }
 
 func (d *dd) operand(arg string) error {

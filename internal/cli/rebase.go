@@ -15,12 +15,14 @@ import (
 // rebaser is one run of rebase.
 type rebaser struct {
 	*app
-	src                         source
-	backing, backingFormat      string
-	cache, sourceCache          string
-	unsafe, showProgress, quiet bool
-	compress, shareBacking      bool
-	backingGiven                bool
+	src                    source
+	backing, backingFormat string
+	cache, sourceCache     string
+	unsafe, quiet          bool
+	progress               progressFlag
+	output                 string
+	compress, shareBacking bool
+	backingGiven           bool
 }
 
 func (a *app) rebaseCommand() *cobra.Command {
@@ -48,7 +50,8 @@ does not hold itself is read from the new one from then on.`,
 	f.StringVarP(&r.backingFormat, "backing-format", "F", "", "`format` of the backing file")
 	f.BoolVarP(&r.unsafe, "unsafe", "u", false, "change the name only; the backing file must be what it was")
 	f.BoolVarP(&r.compress, "compress", "c", false, "compress what is copied into the image")
-	f.BoolVarP(&r.showProgress, "progress", "p", false, "show how far it is")
+	addProgress(f, &r.progress)
+	resultFlag(cmd, &r.output)
 	f.BoolVarP(&r.quiet, "quiet", "q", false, "print nothing but errors")
 	cacheFlag(f, &r.cache)
 	f.StringVarP(&r.sourceCache, "source-cache", "T", "", "cache `mode` of qemu-img for the backing file (accepted, without effect)")
@@ -59,6 +62,9 @@ does not hold itself is read from the new one from then on.`,
 func (r *rebaser) run(cmd *cobra.Command, args []string) error {
 	// -U is about the new backing file: the image itself is written.
 	r.shareBacking, r.src.forceShare = r.src.forceShare, false
+	if err := checkOutput(r.output); err != nil {
+		return err
+	}
 	if err := oneImage(cmd, args); err != nil {
 		return err
 	}
@@ -77,20 +83,28 @@ func (r *rebaser) run(cmd *cobra.Command, args []string) error {
 	return r.rebase(cmd.Context())
 }
 
-func (r *rebaser) rebase(ctx context.Context) (err error) {
+func (r *rebaser) rebase(ctx context.Context) error {
+	bar, err := r.rebaseImage(ctx)
+	if err != nil || r.output != "json" || r.quiet {
+		return err
+	}
+	return r.printResult(ctx, "rebase", bar.began, r.src)
+}
+
+func (r *rebaser) rebaseImage(ctx context.Context) (bar *progress, err error) {
 	open := r.openDevice
 	if r.unsafe {
 		open = func(ctx context.Context, src *source, _ bool) (block.Device, error) { return r.openAlone(ctx, src) }
 	}
 	dev, err := open(ctx, &r.src, false)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer func() { err = errors.Join(err, dev.Close()) }()
-	bar := newProgress(r.out, r.showProgress && !r.quiet)
+	bar = r.startProgress("rebase", r.progress, r.quiet || r.output == "json")
 	if checkFormat(r.backingFormat) != nil {
 		bar.newline()
-		return errorf("Invalid format name: '%s'", r.backingFormat)
+		return nil, errorf("Invalid format name: '%s'", r.backingFormat)
 	}
 	o := image.RebaseOptions{Name: r.backing, Format: r.backingFormat, Compress: r.compress, Progress: bar.set}
 	if o.Name == "" {
@@ -99,16 +113,16 @@ func (r *rebaser) rebase(ctx context.Context) (err error) {
 	if o.Name != "" && !r.unsafe {
 		if o.Backing, err = r.openNew(ctx, dev.Info().Name); err != nil {
 			bar.newline()
-			return err
+			return nil, err
 		}
 		defer func() { err = errors.Join(err, o.Backing.Close()) }()
 	}
 	if err := r.move(ctx, dev, o); err != nil {
 		bar.newline()
-		return rebaseError(o.Name, err)
+		return nil, rebaseError(o.Name, err)
 	}
 	bar.end()
-	return nil
+	return bar, nil
 }
 
 // move gives the image its new backing file.

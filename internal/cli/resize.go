@@ -21,6 +21,9 @@ type resizer struct {
 	src           source
 	preallocation string
 	quiet, shrink bool
+	progress      progressFlag
+	output        string
+	bar           *progress
 }
 
 func (a *app) resizeCommand() *cobra.Command {
@@ -48,6 +51,8 @@ deletes the data beyond its new end and must be asked for with --shrink.`,
 	f.StringVar(&r.preallocation, "preallocation", "", "how the added part is allocated: off, metadata, falloc or full")
 	f.BoolVar(&r.shrink, "shrink", false, "allow the disk to become smaller")
 	f.BoolVarP(&r.quiet, "quiet", "q", false, "print nothing but errors")
+	addOwnProgress(f, &r.progress)
+	resultFlag(cmd, &r.output)
 	r.src.policy.add(f)
 	return cmd
 }
@@ -78,13 +83,23 @@ func (r *resizer) run(cmd *cobra.Command, args []string) error {
 	if err != nil {
 		return err
 	}
+	if err := checkOutput(r.output); err != nil {
+		return err
+	}
 	if err := r.src.set(args[0]); err != nil {
 		return err
 	}
+	r.bar = r.startProgress("resize", r.progress, r.quiet || r.output == "json")
 	if err := r.resize(cmd.Context(), sign, n, mode); err != nil {
+		r.bar.newline()
 		return err
 	}
-	if !r.quiet {
+	r.bar.end()
+	switch {
+	case r.quiet:
+	case r.output == "json":
+		return r.printResult(cmd.Context(), "resize", r.bar.began, r.src)
+	default:
 		r.printf("Image resized.\n")
 	}
 	return nil
@@ -148,7 +163,7 @@ func (r *resizer) resize(ctx context.Context, sign, n int64, mode qcow2.Prealloc
 	if size%storage.SectorSize != 0 {
 		return errorf("The new size must be a multiple of %d", storage.SectorSize)
 	}
-	if err := im.Resize(ctx, size, qcow2.ResizeOptions{Shrink: r.shrink, Preallocation: mode}); err != nil {
+	if err := im.Resize(ctx, size, qcow2.ResizeOptions{Shrink: r.shrink, Preallocation: mode, Progress: r.bar.set}); err != nil {
 		return errors.New(changeReason(err))
 	}
 	return nil

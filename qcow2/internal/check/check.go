@@ -60,6 +60,8 @@ type checker struct {
 	runs    *refRuns
 	failure error
 
+	walked, toWalk int64 // L2 tables
+
 	repairFacts
 }
 

@@ -162,6 +162,7 @@ func (c *checker) checkSnapshotL1(s *format.Snapshot) bool {
 func (c *checker) walkL2Tables() error {
 	c.tables.merge()
 	list := c.walkable()
+	c.walked, c.toWalk = 0, int64(len(list))
 	next := func() ([]tableRef, bool) {
 		if len(list) == 0 {
 			return nil, false
@@ -173,10 +174,12 @@ func (c *checker) walkL2Tables() error {
 	}
 	if len(list) > 0 {
 		if n, _ := batch(list, c.l.ClusterSize()); n == len(list) { // one read: not worth a worker
-			return c.eachL2(list, func(words []uint64, ref *tableRef) error {
+			err := c.eachL2(list, func(words []uint64, ref *tableRef) error {
 				c.l2Table(words, ref)
 				return nil
 			})
+			c.progress(len(list))
+			return err
 		}
 	}
 	return inOrder(next, c.walkPart, c.takePart)
@@ -211,7 +214,7 @@ func (c *checker) tooManyUnaligned() func(tableRef) bool {
 
 // walkPart walks some L2 tables on its own: it changes nothing of c, but returns a checker with what it found.
 func (c *checker) walkPart(list []tableRef) (*checker, error) {
-	part := &checker{ctx: c.ctx, file: c.file, maxFindings: c.maxFindings, rep: &Report{}, runs: new(refRuns),
+	part := &checker{ctx: c.ctx, file: c.file, maxFindings: c.maxFindings, rep: &Report{}, runs: new(refRuns), toWalk: int64(len(list)),
 		h: c.h, l: c.l, fileSize: c.fileSize, maxCount: c.maxCount, stored: c.stored}
 	if c.opts.OnFinding != nil {
 		part.maxFindings = math.MaxInt
@@ -247,7 +250,16 @@ func (c *checker) takePart(part *checker) error {
 	if part.failure != nil {
 		return part.failure
 	}
+	c.progress(int(part.toWalk))
 	return c.ctx.Err()
+}
+
+// progress tells that n more L2 tables have been walked.
+func (c *checker) progress(n int) {
+	c.walked += int64(n)
+	if c.opts.Progress != nil {
+		c.opts.Progress(c.walked, c.toWalk)
+	}
 }
 
 // tableBuffer is what reading L2 tables needs.

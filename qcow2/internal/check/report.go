@@ -81,6 +81,8 @@ type Options struct {
 	MaxFindings int
 	// OnFinding, if not nil, is called for every finding.
 	OnFinding func(Finding)
+	// Progress, if not nil, is told how many of the L2 tables have been walked, by one goroutine at a time.
+	Progress func(done, total int64)
 }
 
 const defaultMaxFindings = 1000

@@ -1,0 +1,6 @@
+//go:build !unix
+
+package cli
+
+// onInfoSignal: there is no such signal here.
+func onInfoSignal(func()) (stop func()) { return func() {} }
