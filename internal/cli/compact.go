@@ -12,9 +12,10 @@ import (
 // compacting is one run of compact.
 type compacting struct {
 	*app
-	src                     source
-	output                  string
-	dryRun, progress, quiet bool
+	src           source
+	output        string
+	dryRun, quiet bool
+	progress      progressFlag
 }
 
 func (a *app) compactCommand() *cobra.Command {
@@ -49,7 +50,7 @@ An image that is being served is compacted through its server.`,
 	c.src.add(cmd)
 	f := cmd.Flags()
 	f.BoolVarP(&c.dryRun, "dry-run", "n", false, "change nothing, tell how much would be gained")
-	f.BoolVarP(&c.progress, "progress", "p", false, "show progress")
+	addProgress(f, &c.progress)
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "print nothing but errors")
 	outputFlag(cmd, &c.output)
 	c.src.policy.add(f)
@@ -117,7 +118,7 @@ func (c *compacting) compact(ctx context.Context) (rep *qcow2.CompactReport, err
 	if !ok {
 		return nil, errorf("Could not compact '%s': there is something above the image", c.src.name)
 	}
-	p := newProgress(c.out, c.progress && !c.quiet && !c.dryRun && c.output == "human")
+	p := c.startProgress("compact", c.progress, c.quiet || c.dryRun || c.output != "human")
 	rep, err = im.Compact(ctx, qcow2.CompactOptions{DryRun: c.dryRun, Progress: p.set})
 	if err != nil {
 		p.newline()

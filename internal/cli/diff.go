@@ -14,12 +14,13 @@ import (
 // differing is one run of diff.
 type differing struct {
 	*app
-	first, second           source
-	granularity, output     string
-	extents, data, progress bool
-	quiet                   bool
-	ranges, bytes           int64
-	sizes                   [2]int64
+	first, second       source
+	granularity, output string
+	extents, data       bool
+	progress            progressFlag
+	quiet               bool
+	ranges, bytes       int64
+	sizes               [2]int64
 }
 
 func (a *app) diffCommand() *cobra.Command {
@@ -55,7 +56,8 @@ Exit codes: 0 no difference, 1 differences, 2 an image could not be opened, 3 or
 	f.BoolVar(&d.data, "data", false, "compare what the guest reads (the default)")
 	f.BoolVar(&d.extents, "extents", false, "compare how ranges are kept, and read nothing")
 	f.StringVarP(&d.granularity, "granularity", "g", "4k", "compare in units of `SIZE`, a multiple of 512")
-	f.BoolVarP(&d.progress, "progress", "p", false, "show progress on standard error")
+	d.progress.apart = true
+	addProgress(f, &d.progress)
 	f.BoolVarP(&d.quiet, "quiet", "q", false, "print no ranges")
 	outputFlag(cmd, &d.output)
 	d.first.policy.add(f)
@@ -84,7 +86,7 @@ func (d *differing) run(ctx context.Context, names []string) (err error) {
 		defer func() { err = errors.Join(err, devs[i].Close()) }()
 		d.sizes[i] = devs[i].Size()
 	}
-	p := newProgress(d.err, d.progress && !d.quiet)
+	p := d.startProgress("diff", d.progress, d.quiet)
 	o.Progress = p.set
 	d.begin()
 	err = image.Diff(ctx, devs[0], devs[1], o, d.add)

@@ -18,6 +18,8 @@ type progressFlag struct {
 	on   bool
 	json bool
 	fd   int // where JSON goes
+	// apart: standard output is for what the command says, so that progress goes to standard error.
+	apart bool
 }
 
 // addProgress adds -p.
@@ -88,19 +90,23 @@ type progress struct {
 // where there is one) has it tell once, on standard error. end or newline must be called.
 func (a *app) startProgress(command string, f progressFlag, quiet bool) *progress {
 	p := &progress{out: a.out, err: a.err, name: command, began: time.Now()}
+	if f.apart {
+		p.out = a.err
+	}
 	switch {
 	case !f.on, quiet && !f.json:
 	case f.json:
 		p.style = progressJSON
 		switch f.fd {
 		case 1:
+			p.out = a.out
 		case 2:
 			p.out = a.err
 		default:
 			p.file = os.NewFile(uintptr(f.fd), "progress")
 			p.out = p.file
 		}
-	case a.name == program && isTerminal(a.out):
+	case a.name == program && isTerminal(p.out):
 		p.style = progressTerminal
 	default:
 		p.style = progressPercent

@@ -19,7 +19,8 @@ type summing struct {
 	*app
 	src                 source
 	algo, check, output string
-	progress, quiet     bool
+	quiet               bool
+	progress            progressFlag
 }
 
 func (a *app) sumCommand() *cobra.Command {
@@ -64,7 +65,8 @@ could not be read.`,
 	f := cmd.Flags()
 	f.StringVar(&s.algo, "algo", string(image.SumBlocks), "how to hash: sha256-1m or sha256-flat")
 	f.StringVarP(&s.check, "check", "c", "", "compare disks with the hashes in `LIST`")
-	f.BoolVarP(&s.progress, "progress", "p", false, "show progress on standard error")
+	s.progress.apart = true
+	addProgress(f, &s.progress)
 	f.BoolVarP(&s.quiet, "quiet", "q", false, "with --check, print nothing but what is wrong")
 	outputFlag(cmd, &s.output)
 	s.src.policy.add(f)
@@ -105,7 +107,7 @@ func (s *summing) sum(ctx context.Context, name, algo string) (r sumResult, err 
 		return r, err
 	}
 	defer func() { err = errors.Join(err, dev.Close()) }()
-	p := newProgress(s.err, s.progress)
+	p := s.startProgress("sum", s.progress, false)
 	sum, err := image.Sum(ctx, dev, image.SumOptions{Algorithm: image.SumAlgorithm(algo), Progress: p.set})
 	if err != nil {
 		p.newline()

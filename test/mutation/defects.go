@@ -350,7 +350,7 @@ var Defects = []Defect{
 	{"header-garbage-names", "what is left of an interrupted change is kept as names of features", header,
 		"	if !slices.ContainsFunc(h.FeatureNames, nameless) {", "	if true || !slices.ContainsFunc(h.FeatureNames, nameless) {"},
 	{"grow-size-first", "a disk has its new size before its new part reads as zeroes", resize,
-		"	err := im.fillNew(ctx, old, size, mode)\n	if err == nil {\n", "	err := im.switchSize(size)\n	if err == nil {\n		err = im.fillNew(ctx, old, size, mode)\n	}\n	if err == nil {\n"},
+		"	err := im.fillNew(ctx, old, size, mode, o.Progress)\n	if err == nil {\n", "	err := im.switchSize(size)\n	if err == nil {\n		err = im.fillNew(ctx, old, size, mode, o.Progress)\n	}\n	if err == nil {\n"},
 	{"grow-shows-backing", "a longer backing file shows through the part that was added", resize,
 		"	case im.backing == nil || im.backing.Size() <= first:\n", "	case true:\n"},
 	{"grow-shows-rest", "what lay behind the end of the disk shows in the part that was added", resize,
