@@ -221,7 +221,11 @@ var Defects = []Defect{
 	{"drop-a-waiter", "two requests map one guest cluster at the same time", ranges,
 		"	for _, c := range wait {\n", "	for _, c := range wait[len(wait):] {\n"},
 	{"edit-evicted-slice", "an entry is changed in a slice that is no longer the cached one", mapping,
-		"	if s.dead {\n		return false\n	}\n	s.pins++", "	s.pins++"},
+		"	if s.dead {\n		return Edit{}, false\n	}\n", ""},
+	{"packed-run-too-long", "a packed slice says that a run of data goes on over what follows it", "qcow2/internal/meta/packed.go",
+		"N: min(limit, int64(r.first+r.n)-i)}", "N: limit}"},
+	{"unpacked-in-place", "the entries of a run all get the same host cluster when a slice is unpacked", "qcow2/internal/meta/packed.go",
+		"words[r.first+k].Store(r.word + uint64(k)*step)", "words[r.first+k].Store(r.word + uint64(k)*step*0)"},
 	{"evict-dirty", "a slice is evicted with changes the disk has not", mapping,
 		"	if s.pins > 0 || s.dirty || s.writing {", "	if s.pins > 0 {"},
 	{"edit-not-dirty", "a changed slice is not written", mapping,
@@ -229,8 +233,8 @@ var Defects = []Defect{
 	{"l1-not-dirty", "a changed L1 entry is not written", mapping,
 		"	m.markL1(l1/l1ChunkEntries, chunk, k, k+1)\n", ""},
 	{"short-data-run", "a run of data continues over a gap on the host", mapping,
-		"		next := uint64(first) + uint64(m.lay.ClusterSize())\n		for run.N < limit && s.words[i+run.N].Load() == next {",
-		"		next := uint64(first) + uint64(m.lay.ClusterSize())\n		for run.N < limit && s.words[i+run.N].Load()&^(1<<20-1) == next&^(1<<20-1) {"},
+		"		next := uint64(first) + uint64(m.lay.ClusterSize())\n		for run.N < limit && words[i+run.N].Load() == next {",
+		"		next := uint64(first) + uint64(m.lay.ClusterSize())\n		for run.N < limit && words[i+run.N].Load()&^(1<<20-1) == next&^(1<<20-1) {"},
 
 	// Data.
 	{"subcluster-ignored-in-place", "a subcluster without data is overwritten in place and stays without", reader,

@@ -25,7 +25,7 @@ const (
 )
 
 // Mapping is the guest-to-host map: the L1 table, read in chunks on demand and then kept, and a bounded cache of slices of
-// L2 tables, both in host byte order.
+// L2 tables, both in host byte order. A slice that says little is kept as a few runs (see packed) until it is changed.
 //
 // Lookups take no lock: they follow atomic pointers to a slice and load a word. A slice that is evicted meanwhile stays
 // valid for whoever holds it, since the garbage collector keeps it, and what it says was true at some moment of the
@@ -34,9 +34,10 @@ const (
 // Lock order: stripe (creating and loading) → slice.mu → dirtyMu; stripe → l1mu; stripe → ringMu → slice.mu.
 // None is held while a flush waits for the disk; a stripe is held while one chunk, slice or new table is read or written.
 type Mapping struct {
-	file storage.File
-	lay  format.Layout
-	rc   *Refcounts // nil when the image is read-only
+	file   storage.File
+	nowait storage.NowaitReader // file, if it can
+	lay    format.Layout
+	rc     *Refcounts // nil when the image is read-only
 	// wrote notes a write that the next flush must make durable.
 	wrote func(off, n int64)
 	// guard refuses clusters that hold other structures than those in but; claim notes a new one. findTables completes what
@@ -65,7 +66,8 @@ type Mapping struct {
 	ringMu    sync.Mutex // guards the eviction clock
 	ring      []*slice
 	hand      int
-	maxSlices int
+	maxSlices int                // of those that are not packed
+	bytes     atomic.Int64       // that the slices in the ring take; the bound is that of maxSlices
 	roomy     bool               // all slices of the disk fit, so that dirty ones are in nobody's way
 	memory    *block.CacheBudget // of several images together
 }
@@ -87,21 +89,23 @@ type table struct {
 }
 
 type slice struct {
-	t     *table
-	index int64
-	words []atomic.Uint64
-	used  atomic.Bool // touched since the eviction clock passed
+	t      *table
+	index  int64
+	words  atomic.Pointer[[]atomic.Uint64] // nil while the slice is packed
+	packed packed                          // as loaded; what counts once there are words is those
+	used   atomic.Bool                     // touched since the eviction clock passed
 
 	mu      sync.Mutex
-	dead    bool // evicted: words must not be changed any more
-	pins    int  // edits that rely on it staying in the cache
-	dirty   bool // differs from the disk and is in Mapping.dirty
-	fresh   bool // has gained entries that point to data the disk may not hold yet
-	writing bool // a flush is writing its frozen copy
+	size    int64 // what the ring counts for it
+	dead    bool  // evicted: words must not be changed any more
+	pins    int   // edits that rely on it staying in the cache
+	dirty   bool  // differs from the disk and is in Mapping.dirty
+	fresh   bool  // has gained entries that point to data the disk may not hold yet
+	writing bool  // a flush is writing its frozen copy
 }
 
-func (s *slice) host() format.HostOff {
-	return s.t.host + format.HostOff(s.index*int64(len(s.words))*8)
+func (m *Mapping) sliceHost(s *slice) format.HostOff {
+	return s.t.host + format.HostOff(s.index*m.sliceSize)
 }
 
 // Run is what the mapping says of N consecutive guest clusters: one kind, and where there are host clusters, consecutive
@@ -116,6 +120,7 @@ type Run struct {
 
 func newMapping(c Config) *Mapping {
 	m := &Mapping{file: c.File, memory: c.Memory}
+	m.nowait, _ = c.File.(storage.NowaitReader)
 	m.reset(c)
 	return m
 }
@@ -126,7 +131,7 @@ func (m *Mapping) reset(c Config) {
 	defer m.ringMu.Unlock()
 	m.dirtyMu.Lock() // crowded is asked outside requests
 	defer m.dirtyMu.Unlock()
-	m.memory.Add(-int64(len(m.ring)) * m.sliceSize)
+	m.memory.Add(-m.bytes.Swap(0))
 	m.ring, m.hand = nil, 0
 	lay := c.Layout
 	m.lay, m.l1Off, m.l1Len, m.l2Bits = lay, c.L1Off, c.L1Len, 0
@@ -168,10 +173,7 @@ func (m *Mapping) Lookup(c GuestCluster, limit int64, wait bool) (Run, error) {
 	idx := int64(c) & (1<<m.l2Bits - 1)
 	s := t.slices[idx/m.perSlice].Load()
 	if s == nil {
-		if !wait {
-			return Run{}, storage.ErrWouldBlock
-		}
-		if s, err = m.loadSlice(t, idx/m.perSlice); err != nil {
+		if s, err = m.loadSlice(t, idx/m.perSlice, wait); err != nil {
 			return Run{}, err
 		}
 	}
@@ -198,7 +200,12 @@ func (m *Mapping) scan(s *slice, c GuestCluster, i, limit int64) (Run, error) {
 	if m.stride == 2 {
 		return m.extendedEntry(s, c, i)
 	}
-	first := format.L2Entry(s.words[i].Load())
+	loaded := s.words.Load()
+	if loaded == nil {
+		return m.scanPacked(s.packed, c, i, limit)
+	}
+	words := *loaded
+	first := format.L2Entry(words[i].Load())
 	run := Run{Kind: m.lay.Kind(first), Copied: first.Copied(), Entry: first, N: 1}
 	limit = min(limit, m.perSlice-i)
 	switch run.Kind {
@@ -206,13 +213,13 @@ func (m *Mapping) scan(s *slice, c GuestCluster, i, limit int64) (Run, error) {
 		return Run{}, corrupt("L2 entry %#x of guest cluster %d", uint64(first), c)
 	case format.KindCompressed:
 	case format.KindUnallocated, format.KindZeroPlain:
-		for run.N < limit && m.lay.Kind(format.L2Entry(s.words[i+run.N].Load())) == run.Kind {
+		for run.N < limit && m.lay.Kind(format.L2Entry(words[i+run.N].Load())) == run.Kind {
 			run.N++
 		}
 	default:
 		// A run of data continues with the same flags and the next host cluster: the next word is known.
 		next := uint64(first) + uint64(m.lay.ClusterSize())
-		for run.N < limit && s.words[i+run.N].Load() == next {
+		for run.N < limit && words[i+run.N].Load() == next {
 			run.N++
 			next += uint64(m.lay.ClusterSize())
 		}
@@ -222,9 +229,10 @@ func (m *Mapping) scan(s *slice, c GuestCluster, i, limit int64) (Run, error) {
 
 // extendedEntry reads both words of an extended entry as one, under the slice's lock.
 func (m *Mapping) extendedEntry(s *slice, c GuestCluster, i int64) (Run, error) {
+	words := *s.words.Load()
 	s.mu.Lock()
-	e := format.L2Entry(s.words[2*i].Load())
-	b := format.L2Bitmap(s.words[2*i+1].Load())
+	e := format.L2Entry(words[2*i].Load())
+	b := format.L2Bitmap(words[2*i+1].Load())
 	s.mu.Unlock()
 	kind := m.lay.Kind(e)
 	if kind == format.KindInvalid || !m.lay.ValidBitmap(e, b) {
@@ -292,27 +300,55 @@ func (m *Mapping) newTable(host format.HostOff, exposed bool) *table {
 	return t
 }
 
-func (m *Mapping) loadSlice(t *table, i int64) (*slice, error) {
+// loadSlice reads a slice. With wait unset it returns storage.ErrWouldBlock rather than wait for the disk or for who loads
+// something already.
+func (m *Mapping) loadSlice(t *table, i int64, wait bool) (*slice, error) {
 	mu := m.stripe(int64(t.host>>m.lay.ClusterBits), i)
-	mu.Lock()
+	if wait {
+		mu.Lock()
+	} else if !mu.TryLock() {
+		return nil, storage.ErrWouldBlock
+	}
 	defer mu.Unlock()
 	if s := t.slices[i].Load(); s != nil {
 		return s, nil
 	}
-	s := &slice{t: t, index: i, words: make([]atomic.Uint64, m.sliceSize/8)}
+	s := &slice{t: t, index: i}
 	raw := sliceBuf(m.sliceSize)
 	defer sliceBufs.Put(raw)
-	b := *raw
-	if err := storage.ReadFull(m.file, b, int64(s.host())); err != nil {
-		return nil, fmt.Errorf("reading L2 table at host offset %#x: %w", t.host, err)
+	if err := m.readSlice(*raw, m.sliceHost(s), wait); err != nil {
+		return nil, err
 	}
-	for k := range s.words {
-		s.words[k].Store(be64(b[k*8:]))
+	s.size = m.sliceSize
+	if runs, ok := m.pack(*raw); ok {
+		s.packed, s.size = runs, runs.size()
+	} else {
+		words := make([]atomic.Uint64, m.sliceSize/8)
+		for k := range words {
+			words[k].Store(be64((*raw)[k*8:]))
+		}
+		s.words.Store(&words)
 	}
 	s.used.Store(true)
 	t.slices[i].Store(s)
 	m.admit(s)
 	return s, nil
+}
+
+func (m *Mapping) readSlice(b []byte, at format.HostOff, wait bool) error {
+	if !wait {
+		if m.nowait == nil {
+			return storage.ErrWouldBlock
+		}
+		if n, _ := m.nowait.ReadAtNowait(b, int64(at)); n < len(b) {
+			return storage.ErrWouldBlock // if it failed, the full request meets the error and reports it
+		}
+		return nil
+	}
+	if err := storage.ReadFull(m.file, b, int64(at)); err != nil {
+		return fmt.Errorf("reading L2 table at host offset %#x: %w", at, err)
+	}
+	return nil
 }
 
 var sliceBufs = sync.Pool{New: func() any { return new([]byte) }}
@@ -331,11 +367,11 @@ func sliceBuf(n int64) *[]byte {
 func (m *Mapping) admit(s *slice) {
 	m.ringMu.Lock()
 	defer m.ringMu.Unlock()
-	for steps := 2 * len(m.ring); m.full() && steps > 0; steps-- {
+	for steps := 2 * len(m.ring); m.full(s.size) && steps > 0; steps-- {
 		if m.hand >= len(m.ring) {
 			m.hand = 0
 		}
-		if !m.ring[m.hand].evict() {
+		if !m.evict(m.ring[m.hand]) {
 			m.hand++
 			continue
 		}
@@ -343,22 +379,27 @@ func (m *Mapping) admit(s *slice) {
 		m.ring[m.hand] = m.ring[last]
 		m.ring[last] = nil
 		m.ring = m.ring[:last]
-		m.memory.Add(-m.sliceSize)
 	}
 	m.ring = append(m.ring, s)
-	m.memory.Add(m.sliceSize)
+	m.grew(s.size)
 }
 
-// full reports whether a slice must go before another comes: by this cache's own bound, or by that of all together.
-func (m *Mapping) full() bool {
-	return len(m.ring) >= m.maxSlices || len(m.ring) >= minSlices && m.memory.Full(m.sliceSize)
+func (m *Mapping) grew(n int64) {
+	m.bytes.Add(n)
+	m.memory.Add(n)
+}
+
+// full reports whether a slice must go before one of so many bytes comes: by this cache's own bound, or by that of all
+// together.
+func (m *Mapping) full(n int64) bool {
+	return len(m.ring) >= minSlices && (m.bytes.Load()+n > int64(m.maxSlices)*m.sliceSize || m.memory.Full(n))
 }
 
 // Forget gives all memory back at the end, when no request and no flush runs any more.
 func (m *Mapping) Forget() {
 	m.ringMu.Lock()
 	defer m.ringMu.Unlock()
-	m.memory.Add(-int64(len(m.ring)) * m.sliceSize)
+	m.memory.Add(-m.bytes.Swap(0))
 	m.ring = nil
 }
 
@@ -369,17 +410,16 @@ func (m *Mapping) Sweep() {
 	defer m.ringMu.Unlock()
 	kept := m.ring[:0]
 	for _, s := range m.ring {
-		if !s.evict() {
+		if !m.evict(s) {
 			kept = append(kept, s)
 		}
 	}
-	m.memory.Add(-int64(len(m.ring)-len(kept)) * m.sliceSize)
 	clear(m.ring[len(kept):])
 	m.ring, m.hand = kept, 0
 }
 
 // evict takes a slice out of the cache unless it was used lately, is pinned, or holds what the disk does not.
-func (s *slice) evict() bool {
+func (m *Mapping) evict(s *slice) bool {
 	if s.used.Load() {
 		s.used.Store(false)
 		return false
@@ -391,6 +431,7 @@ func (s *slice) evict() bool {
 	}
 	s.dead = true
 	s.t.slices[s.index].CompareAndSwap(s, nil)
+	m.grew(-s.size)
 	return true
 }
 
@@ -399,6 +440,7 @@ func (s *slice) evict() bool {
 type Edit struct {
 	m     *Mapping
 	s     *slice
+	words []atomic.Uint64
 	first int64
 	// N is how many clusters from the first on the edit reaches.
 	N int64
@@ -429,12 +471,12 @@ func (m *Mapping) Prepare(c GuestCluster) (Edit, error) {
 		}
 		s := t.slices[idx/m.perSlice].Load()
 		if s == nil {
-			if s, err = m.loadSlice(t, idx/m.perSlice); err != nil {
+			if s, err = m.loadSlice(t, idx/m.perSlice, true); err != nil {
 				return Edit{}, err
 			}
 		}
-		if s.pin() {
-			return Edit{m, s, idx % m.perSlice, m.perSlice - idx%m.perSlice}, nil
+		if e, ok := m.edit(s, idx%m.perSlice); ok {
+			return e, nil
 		}
 	}
 }
@@ -459,20 +501,28 @@ func (m *Mapping) TryPrepare(c GuestCluster) (Edit, bool) {
 	}
 	idx := int64(c) & (1<<m.l2Bits - 1)
 	s := t.slices[idx/m.perSlice].Load()
-	if s == nil || !s.pin() {
+	if s == nil {
 		return Edit{}, false
 	}
-	return Edit{m, s, idx % m.perSlice, m.perSlice - idx%m.perSlice}, true
+	return m.edit(s, idx%m.perSlice)
 }
 
-func (s *slice) pin() bool {
+// edit pins a slice, which is unpacked for that, unless it has been evicted.
+func (m *Mapping) edit(s *slice, first int64) (Edit, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.dead {
-		return false
+		return Edit{}, false
+	}
+	words := s.words.Load()
+	if words == nil {
+		words = m.unpack(s.packed)
+		s.words.Store(words)
+		m.grew(m.sliceSize - s.size)
+		s.size = m.sliceSize
 	}
 	s.pins++
-	return true
+	return Edit{m, s, *words, first, m.perSlice - first}, true
 }
 
 // ownTable returns the L2 table of L1 entry l1, created or copied so that it may be changed in place.
@@ -581,9 +631,9 @@ type Entry struct {
 // Entry returns the entry of the edit's i-th cluster. The Range that the caller holds keeps it from changing.
 func (e Edit) Entry(i int64) Entry {
 	at := (e.first + i) * e.m.stride
-	entry := Entry{Word: format.L2Entry(e.s.words[at].Load())}
+	entry := Entry{Word: format.L2Entry(e.words[at].Load())}
 	if e.m.stride == 2 {
-		entry.Bitmap = format.L2Bitmap(e.s.words[at+1].Load())
+		entry.Bitmap = format.L2Bitmap(e.words[at+1].Load())
 	}
 	return entry
 }
@@ -602,9 +652,9 @@ func (e Edit) Put(i, n int64, f func(k int64, old Entry) Entry) {
 			continue
 		}
 		at := (e.first + i + k) * e.m.stride
-		s.words[at].Store(uint64(entry.Word))
+		e.words[at].Store(uint64(entry.Word))
 		if e.m.stride == 2 {
-			s.words[at+1].Store(uint64(entry.Bitmap))
+			e.words[at+1].Store(uint64(entry.Bitmap))
 		}
 		changed = true
 		switch e.m.lay.Type(entry.Word) {

@@ -53,9 +53,9 @@ func TestEvictedSliceIsNotEdited(t *testing.T) {
 		t.Fatal(err)
 	}
 	found := s.Map.chunks[0].Load().tables[0].Load().slices[0].Load()
-	for !found.evict() { // the first call only takes its second chance away
+	for !s.Map.evict(found) { // the first call only takes its second chance away
 	}
-	if found.pin() {
+	if _, ok := s.Map.edit(found, 0); ok {
 		t.Fatal("an evicted slice was pinned")
 	}
 	run, err := s.Map.Lookup(0, 1, true)
@@ -70,7 +70,7 @@ func TestDirtySliceStays(t *testing.T) {
 	mapOne(t, s, 0)
 	dirty := s.Map.chunks[0].Load().tables[0].Load().slices[0].Load()
 	for range 3 {
-		if dirty.evict() {
+		if s.Map.evict(dirty) {
 			t.Fatal("a dirty slice was evicted")
 		}
 	}
@@ -82,7 +82,7 @@ func TestDirtySliceStays(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 3 {
-		if e.s.evict() {
+		if s.Map.evict(e.s) {
 			t.Fatal("a pinned slice was evicted")
 		}
 	}

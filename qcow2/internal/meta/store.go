@@ -373,8 +373,9 @@ func (m *Mapping) freezeSlices(g *generation) {
 	for _, s := range dirty {
 		f := frozenSlice{s, sliceBuf(m.sliceSize)}
 		s.mu.Lock()
-		for k := range s.words {
-			b := format.EncodeUint64(s.words[k].Load())
+		words := *s.words.Load() // what was changed is not packed
+		for k := range words {
+			b := format.EncodeUint64(words[k].Load())
 			copy((*f.raw)[k*8:], b[:])
 		}
 		g.ordered = g.ordered || s.fresh
@@ -387,7 +388,7 @@ func (m *Mapping) freezeSlices(g *generation) {
 		}
 	}
 	byHost := func(a, b frozenSlice) int {
-		switch x, y := a.s.host(), b.s.host(); {
+		switch x, y := m.sliceHost(a.s), m.sliceHost(b.s); {
 		case x < y:
 			return -1
 		case x > y:
@@ -469,8 +470,8 @@ func (s *Store) writeSlices(fs []frozenSlice) error {
 	var vec [][]byte
 	for i := 0; i < len(fs); {
 		vec = vec[:0]
-		at := fs[i].s.host()
-		for ; i < len(fs) && fs[i].s.host() == at+format.HostOff(int64(len(vec))*size); i++ {
+		at := s.Map.sliceHost(fs[i].s)
+		for ; i < len(fs) && s.Map.sliceHost(fs[i].s) == at+format.HostOff(int64(len(vec))*size); i++ {
 			vec = append(vec, *fs[i].raw)
 		}
 		if err := storage.WriteVFull(s.file, vec, int64(at)); err != nil {
