@@ -82,8 +82,8 @@ func (r *bitmapRun) run(ctx context.Context, args []string, hasFromFormat bool) 
 	if r.hasGranularity {
 		n, err := block.ParseSize(r.granularity)
 		if err != nil || n < 0 {
-			return errorf("Invalid granularity specified. You may use k, M, G, T, P or E suffixes for\n" +
-				"qemu-img: kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.")
+			return thenf(errorf("Invalid granularity specified. You may use k, M, G, T, P or E suffixes for"),
+				"kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.")
 		}
 		r.options.Granularity = n
 	}
@@ -92,10 +92,10 @@ func (r *bitmapRun) run(ctx context.Context, args []string, hasFromFormat bool) 
 		add, merge = add || a.verb == "add", merge || a.verb == "merge"
 	}
 	switch {
-	case len(args) != 2:
-		return errorf("Expecting filename and bitmap name")
 	case len(r.actions) == 0:
 		return errorf("Need at least one of --add, --remove, --clear, --enable, --disable, or --merge")
+	case len(args) != 2:
+		return errorf("Expecting filename and bitmap name")
 	case r.options.Granularity != 0 && !add:
 		return errorf("granularity only supported with --add")
 	case hasFromFormat && !r.hasFrom:

@@ -57,6 +57,9 @@ errors, 3 leaked clusters but no errors, 63 the format has nothing to check. Wit
 			if err := flags.validate(cmd.Flags().Changed("repair")); err != nil {
 				return err
 			}
+			if checkCache(cache) != nil {
+				return errorf("Invalid source cache option: %s", cache)
+			}
 			if err := src.set(args[0]); err != nil {
 				return err
 			}

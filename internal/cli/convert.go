@@ -99,7 +99,7 @@ func (c *conversion) run(ctx context.Context, args []string) (err error) {
 		return err
 	}
 	if c.creator.wantsHelp() && known {
-		c.creator.printOptions(c.known)
+		c.creator.printOptions(c.known, len(args) > 1)
 		return nil
 	}
 	if len(args) < 2 {
@@ -193,7 +193,7 @@ func (c *conversion) openSources(ctx context.Context, names []string) error {
 func openSnapshot(ctx context.Context, dev block.Device, name string) (block.Device, error) {
 	ref, err := image.ParseSnapshotRef(name)
 	if err != nil {
-		return nil, errorf("Failed in parsing snapshot param '%s'", name)
+		return nil, thenf(badSnapshotParameter(name), "Failed in parsing snapshot param '%s'", name)
 	}
 	view, err := image.OpenSnapshot(ctx, dev, ref)
 	switch {

@@ -106,7 +106,7 @@ func (c *creator) run(ctx context.Context, args []string) error {
 		if !ok {
 			return errorf("Unknown file format '%s'", c.format)
 		}
-		c.printOptions(known)
+		c.printOptions(known, len(args) > 0)
 		return nil
 	}
 	for _, text := range c.optionTexts {
@@ -166,13 +166,14 @@ func (c *creator) arguments(args []string) error {
 	case 0:
 		return usagef("Expecting image file name")
 	case 1:
-	case 2:
+	default:
 		n, err := parseSize("image size", args[1])
 		if err != nil {
 			return err
 		}
 		c.size, c.hasSize = n, true
-	default:
+	}
+	if len(args) > 2 {
 		return usagef("Unexpected argument: %s", args[2])
 	}
 	c.file = args[0]
@@ -350,9 +351,21 @@ func (c *creator) describe(known []createOption) string {
 	return b.String()
 }
 
-func (c *creator) printOptions(known []createOption) {
+// hostOptions are those that the host's file takes. raw has its preallocation from there, too.
+func (c *creator) hostOption(o createOption) bool {
+	return o == nocowOption || o == extentHintOption || c.format == block.FormatRaw && o.name == "preallocation"
+}
+
+// printOptions lists the options of the format, and if it is known where the image will be, those of the place.
+func (c *creator) printOptions(known []createOption, placed bool) {
 	kinds := map[string]string{"bool": "bool (on/off)"}
-	c.printf("Supported %s options:\n", c.format)
+	if placed {
+		c.printf("Supported options:\n")
+	} else {
+		c.printf("Supported %s options:\n", c.format)
+		known = slices.DeleteFunc(slices.Clone(known), c.hostOption)
+		defer c.printf("\nThe protocol level may support further options.\nSpecify the target filename to include those options.\n")
+	}
 	sorted := slices.SortedFunc(slices.Values(known), func(a, b createOption) int { return strings.Compare(a.name, b.name) })
 	for _, o := range sorted {
 		kind := o.kind

@@ -176,7 +176,7 @@ func sameIO(t *testing.T, all map[string]string, c ioCase) {
 }
 
 // checkBoth checks an image that drover has written with both checkers.
-func checkBoth(t *testing.T, c ioCase, name string) {
+func checkBoth(t *testing.T, c any, name string) {
 	t.Helper()
 	if o := tool(t, "qemu-img", "check", "--image-opts", "driver=qcow2,backing=,file.filename="+name); o.code != 0 {
 		t.Errorf("%v: %s: check: %s%s", c, name, o.stdout, o.stderr)

@@ -267,14 +267,7 @@ func (n *qemuNBD) setSnapshot(text string) error {
 		n.snapshot, n.readOnly = &ref, true
 		return nil
 	}
-	bad := text
-	for part := range strings.SplitSeq(text, ",") {
-		if key, _, _ := strings.Cut(part, "="); key != "snapshot.id" && key != "snapshot.name" {
-			bad = key
-			break
-		}
-	}
-	return thenf(errorf("Invalid parameter '%s'", bad), "Failed in parsing snapshot param `%s'", text)
+	return thenf(badSnapshotParameter(text), "Failed in parsing snapshot param `%s'", text)
 }
 
 func (n *qemuNBD) setCache(mode string) error {

@@ -40,7 +40,7 @@ deletes the data beyond its new end and must be asked for with --shrink.`,
   drover resize --shrink disk.qcow2 5G`,
 		DisableFlagParsing: true, // the size may begin with a minus sign
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if slices.Contains(args, "--help") || slices.Contains(args, "-h") {
+			if r.name == program && (slices.Contains(args, "--help") || slices.Contains(args, "-h")) {
 				return cmd.Help()
 			}
 			return r.run(cmd, args)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -210,12 +211,29 @@ func applySnapshot(ctx context.Context, im *qcow2.Image, name string) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, qcow2.ErrNoSnapshot):
+	case errors.Is(err, qcow2.ErrNoSnapshot) && !hasBitmaps(im):
 		return errorf("Could not apply snapshot '%s': Failed to load snapshot: %s", name, capital(syscall.ENOENT.Error()))
-	case errors.Is(err, qcow2.ErrBitmapsStand):
+	case errors.Is(err, qcow2.ErrBitmapsStand), errors.Is(err, qcow2.ErrNoSnapshot):
 		return errorf("Could not apply snapshot '%s': Device has active dirty bitmaps", name)
 	}
 	return errorf("Could not apply snapshot '%s': %w", name, err)
+}
+
+func hasBitmaps(im *qcow2.Image) bool {
+	list, err := im.Bitmaps()
+	return err == nil && len(list) > 0
+}
+
+// badSnapshotParameter says what is wrong with a description of a snapshot: one of its keys, or all of it.
+func badSnapshotParameter(text string) error {
+	bad := text
+	for part := range strings.SplitSeq(text, ",") {
+		if key, _, _ := strings.Cut(part, "="); key != "snapshot.id" && key != "snapshot.name" {
+			bad = key
+			break
+		}
+	}
+	return errorf("Invalid parameter '%s'", bad)
 }
 
 // deleteSnapshot deletes a snapshot by its name. An ID will not do, as in qemu-img: where one snapshot's name is another's

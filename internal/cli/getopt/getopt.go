@@ -27,22 +27,40 @@ type Option struct {
 }
 
 // Error is a mistake in a command line, in the library's words, without the program's name in front.
-type Error struct{ Text string }
+type Error struct {
+	Text    string
+	Word    string // of the command line, in which the mistake is
+	Missing bool   // an option lacks its argument
+}
 
 // Error implements error.
 func (e *Error) Error() string { return e.Text }
 
-func errorf(format string, args ...any) error { return &Error{fmt.Sprintf(format, args...)} }
+func errorf(format string, args ...any) error { return &Error{Text: fmt.Sprintf(format, args...)} }
+
+func missing(format string, args ...any) error {
+	return &Error{Text: fmt.Sprintf(format, args...), Missing: true}
+}
 
 // Parse calls set for each option in the order of the command line, until it fails, and returns the arguments that
 // belong to no option. An error is that of set, or an *Error.
 func Parse(options []Option, args []string, set func(id rune, value string) error) (rest []string, err error) {
-	p := parser{options: options, args: args, set: set}
+	return parse(&parser{options: options, args: args, set: set})
+}
+
+// ParseLeading is Parse that ends at the first argument that belongs to no option: it and all after it are the rest.
+func ParseLeading(options []Option, args []string, set func(id rune, value string) error) (rest []string, err error) {
+	return parse(&parser{options: options, args: args, set: set, leading: true})
+}
+
+func parse(p *parser) (rest []string, err error) {
 	for len(p.args) > 0 {
 		word := p.next()
 		switch {
 		case word == "--":
 			return append(rest, p.args...), nil
+		case p.leading && (len(word) < 2 || word[0] != '-'):
+			return append([]string{word}, p.args...), nil
 		case strings.HasPrefix(word, "--"):
 			err = p.long(word[2:])
 		case len(word) > 1 && word[0] == '-':
@@ -51,6 +69,9 @@ func Parse(options []Option, args []string, set func(id rune, value string) erro
 			rest = append(rest, word)
 		}
 		if err != nil {
+			if mistake, ok := err.(*Error); ok && mistake.Word == "" {
+				mistake.Word = word
+			}
 			return nil, err
 		}
 	}
@@ -61,6 +82,7 @@ type parser struct {
 	options []Option
 	args    []string // not read yet
 	set     func(rune, string) error
+	leading bool // the first argument ends the options
 }
 
 func (p *parser) next() string {
@@ -85,7 +107,7 @@ func (p *parser) short(word string) error {
 		value := word[i+len(string(letter)):]
 		if value == "" && o.Arg == Required {
 			if len(p.args) == 0 {
-				return errorf("option requires an argument -- '%c'", letter)
+				return missing("option requires an argument -- '%c'", letter)
 			}
 			value = p.next()
 		}
@@ -115,7 +137,7 @@ func (p *parser) long(word string) error {
 		return errorf("option '--%s' doesn't allow an argument", o.Long)
 	case !given && o.Arg == Required:
 		if len(p.args) == 0 {
-			return errorf("option '--%s' requires an argument", o.Long)
+			return missing("option '--%s' requires an argument", o.Long)
 		}
 		value = p.next()
 	}
