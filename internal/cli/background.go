@@ -37,8 +37,14 @@ var theStage = sync.OnceValue(func() *stage {
 	return s
 })
 
-// inBackground reports whether this is the process that was put there.
-func inBackground() bool { return theStage().ready != nil }
+// enterBackground gives the process the name by which people look for it. It reports whether this is the process that was put there.
+func (a *app) enterBackground() bool {
+	if theStage().ready == nil {
+		return false
+	}
+	nameProcess(a.name)
+	return true
+}
 
 // activationEnv is os.Getenv for what systemd says of sockets, which a process in the background has from its parent.
 func activationEnv(name string) string {

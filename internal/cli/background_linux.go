@@ -29,3 +29,8 @@ func withSocketLabel(label string, fn func() error) error {
 	}
 	return err
 }
+
+// nameProcess sets the name that ps shows and pkill looks for, which would be that of the link it was started by.
+func nameProcess(name string) {
+	_ = os.WriteFile("/proc/self/comm", []byte(name), 0) // without /proc it has another name, no more
+}

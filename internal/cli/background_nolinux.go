@@ -9,3 +9,5 @@ func withSocketLabel(label string, fn func() error) error {
 	}
 	return fn()
 }
+
+func nameProcess(string) {}

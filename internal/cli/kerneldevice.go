@@ -19,7 +19,7 @@ type kernelDevice struct {
 	index   int
 	control *nbddev.Control
 	old     *nbddev.Old // in place of control, for a device that was connected the old way
-	gone    atomic.Bool     // the kernel has let go of it; it may be another's by now
+	gone    atomic.Bool // the kernel has let go of it; it may be another's by now
 }
 
 // connectDevice hands connections, which have been brought to an export, over to the kernel and closes them. With an empty

@@ -43,7 +43,7 @@ func (n *qemuNBD) run(ctx context.Context) error {
 	switch {
 	case n.disconnect:
 		return n.detach()
-	case (n.fork || n.connect != "" && !n.verbose) && !inBackground():
+	case (n.fork || n.connect != "" && !n.verbose) && !n.enterBackground():
 		return n.background(n.args, activated)
 	}
 	ctx, signals := catchSignals(ctx)
@@ -297,6 +297,9 @@ func (n *qemuNBD) openImage(ctx context.Context) (block.Device, error) {
 }
 
 func (n *qemuNBD) openSnapshot(ctx context.Context, dev block.Device) (block.Device, error) {
+	if im, ok := block.As[*qcow2.Image](dev); ok {
+		dev = im
+	}
 	view, err := image.OpenSnapshot(ctx, dev, *n.snapshot)
 	switch {
 	case errors.Is(err, image.ErrNoSnapshots):
@@ -383,7 +386,10 @@ func (n *qemuNBD) serve(ctx context.Context, l net.Listener, encryption *nbd.TLS
 			return err
 		}
 	}
-	if err := errors.Join(n.writePID(), inForce()); err != nil {
+	if err = n.writePID(); err == nil {
+		err = inForce()
+	}
+	if err != nil {
 		return errors.Join(err, detach())
 	}
 	return n.untilStopped(ctx, server, count, signals, detach)
