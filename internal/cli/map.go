@@ -11,7 +11,7 @@ import (
 
 func (a *app) mapCommand() *cobra.Command {
 	var src source
-	var output, start, length string
+	var output, start, length, picture string
 	cmd := &cobra.Command{
 		Use:   "map [flags] FILE",
 		Short: "Show where the data of an image lies",
@@ -38,6 +38,9 @@ The human form lists data only. The JSON form covers the whole disk.`,
 			if err := src.set(args[0]); err != nil {
 				return err
 			}
+			if picture != "" {
+				return a.drawLayout(cmd.Context(), &src, picture)
+			}
 			return m.run(cmd, &src)
 		},
 	}
@@ -46,6 +49,9 @@ The human form lists data only. The JSON form covers the whole disk.`,
 	outputFlag(cmd, &output)
 	cmd.Flags().StringVarP(&start, "start-offset", "s", "", "begin at `OFFSET`")
 	cmd.Flags().StringVarP(&length, "max-length", "l", "", "cover at most `LENGTH` bytes")
+	if a.name == program {
+		cmd.Flags().StringVar(&picture, "picture", "", "draw a picture instead, in `FILE`: .svg or .png")
+	}
 	src.policy.add(cmd.Flags())
 	return cmd
 }

@@ -28,6 +28,7 @@ var layers = map[string][]string{
 	"cmd/drover": {"internal/cli", "luks/ciphers"},
 	"internal/cli": {
 		"daemon", "nbd", "tcmu", "scsi", "image", "qcow2", "luks", "block", "storage", "internal/nbddev",
+		"internal/picture",
 	},
 	"daemon": {"nbd", "tcmu", "image", "block", "qcow2", "storage"},
 	"nbd":    {"block", "storage"},
@@ -44,6 +45,8 @@ var layers = map[string][]string{
 	"internal/certtest": {},
 	// The kernel's NBD client.
 	"internal/nbddev": {},
+	// Drawings.
+	"internal/picture": {},
 }
 
 // modules says which modules outside the standard library a folder's own code may use. Tests may use testModules too.
@@ -63,6 +66,7 @@ var modules = map[string][]string{
 	"test":         {"golang.org/x/sys"},
 
 	"internal/certtest": {},
+	"internal/picture":  {},
 	"internal/nbddev":   {"golang.org/x/sys", "github.com/mdlayher/genetlink", "github.com/mdlayher/netlink"},
 }
 
