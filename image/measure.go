@@ -58,8 +58,15 @@ func MeasureQCOW2(ctx context.Context, source, whole block.Device, o qcow2.Creat
 		data = virtual
 	}
 	m.FullyAllocated = virtual + metadataSize(virtual, o)
+	if o.Encrypt != nil && o.Encrypt.Format == qcow2.EncryptLUKS {
+		keys, err := o.Encrypt.LUKS.Length()
+		if err != nil {
+			return m, err
+		}
+		m.FullyAllocated += roundUp(keys, cs)
+	}
 	m.Required = m.FullyAllocated - virtual + data
-	if im, ok := whole.(*qcow2.Image); ok && o.Version >= 3 && im.Version() >= 3 {
+	if im, ok := block.As[*qcow2.Image](whole); ok && o.Version >= 3 && im.Version() >= 3 {
 		m.HasBitmaps = true
 		if m.Bitmaps, err = bitmapsSize(im, size, cs); err != nil {
 			return m, err

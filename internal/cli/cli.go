@@ -217,7 +217,7 @@ otherwise.`,
 // imageCommands are those that qemu-img has too.
 func (a *app) imageCommands() []*cobra.Command {
 	return []*cobra.Command{
-		a.amendCommand(), a.bitmapCommand(), a.checkCommand(), a.commitCommand(), a.compareCommand(), a.convertCommand(), a.createCommand(), a.ddCommand(),
+		a.amendCommand(), a.benchCommand(), a.bitmapCommand(), a.checkCommand(), a.commitCommand(), a.compareCommand(), a.convertCommand(), a.createCommand(), a.ddCommand(),
 		a.infoCommand(), a.mapCommand(), a.measureCommand(), a.rebaseCommand(), a.resizeCommand(), a.snapshotCommand(),
 	}
 }

@@ -3,12 +3,15 @@ package cli
 import (
 	"context"
 	"errors"
+	"maps"
 	"strconv"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/image"
+	"github.com/droverproject/drover/qcow2"
 )
 
 func (a *app) measureCommand() *cobra.Command {
@@ -86,6 +89,9 @@ func (m *measurement) run(ctx context.Context, args []string) (err error) {
 	if err := creator.parseOptions(known); err != nil {
 		return thenf(err, "Invalid options for file format '%s'", m.format)
 	}
+	if creator.secrets, err = m.src.objects.parse(); err != nil {
+		return err
+	}
 	result, err := measure(ctx, dev, whole, &creator)
 	if err != nil {
 		return err
@@ -117,8 +123,8 @@ func measure(ctx context.Context, dev, whole block.Device, c *creator) (image.Me
 		size = (size + 511) &^ 511
 		return image.Measurement{Required: size, FullyAllocated: size}, nil
 	}
-	if c.encrypts() {
-		return image.Measurement{}, errors.New("measuring for an encrypted image is not available in this version")
+	if c.options["encrypt.format"] != qcow2.EncryptLUKS { // nothing else takes room
+		maps.DeleteFunc(c.options, func(name, _ string) bool { return strings.HasPrefix(name, "encrypt") })
 	}
 	if text, ok := c.options["size"]; ok && dev == nil && c.size == 0 {
 		var err error

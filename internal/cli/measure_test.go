@@ -34,3 +34,23 @@ func TestMeasureLikeQEMU(t *testing.T) {
 		sameAsQEMU(t, append([]string{"measure"}, strings.Fields(args)...)...)
 	}
 }
+
+func TestMeasureEncryptedLikeQEMU(t *testing.T) {
+	images(t)
+	const luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+	for _, args := range []string{
+		luks + " --size 1G", luks + ",cluster_size=4k --size 1G", luks + " --output=json overlay",
+		luks + ",encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256 base",
+		"encrypt.format=luks --size 1G", "encrypt.format=luks,encrypt.key-secret=nosuch --size 1G", "encryption=on --size 1G",
+		"encrypt.format=aes,encrypt.key-secret=s base", "encrypt.format=nosuch --size 1G",
+		"encrypt.format=luks,encrypt.key-secret=s,encrypt.cipher-alg=foo --size 1G",
+	} {
+		args := append(append([]string{"measure"}, secretFoo...), append([]string{"-O", "qcow2", "-o"}, strings.Fields(args)...)...)
+		want := tool(t, "qemu-img", args...)
+		if strings.Contains(want.stderr, "CPU usage") {
+			continue // on a busy host qemu-img may fail to find out how fast it is
+		}
+		want.stderr = strings.ReplaceAll(want.stderr, "qemu-img", "drover")
+		compare(t, args, drover(t, args...), want)
+	}
+}
