@@ -79,6 +79,7 @@ func driverByPrefix(prefix string) (Driver, bool) {
 // Node is a node that is being opened, as its driver sees it. An option that the driver does not take is refused.
 type Node struct {
 	Name     string // for messages
+	File     string // the file at its bottom, or Name
 	Driver   string
 	ReadOnly bool
 	// AutoReadOnly: the node may turn out to be read-only where it cannot be written.
@@ -160,6 +161,27 @@ func (n *Node) Object(kind, id string) (any, error) {
 		return nil, ErrNoObject
 	}
 	return n.layer.o.Object(kind, id)
+}
+
+// Breaker says that requests can be held at this node.
+func (n *Node) Breaker(b Breaker) {
+	if tell := n.layer.o.OnBreaker; tell != nil {
+		tell(b)
+	}
+}
+
+// Breaker holds requests at an event.
+type Breaker interface {
+	// Break has the next request that comes to the event stop there.
+	Break(event, tag string) error
+	// RemoveBreak takes back what Break did, and resumes what has stopped.
+	RemoveBreak(tag string) error
+	// Resume resumes one request that has stopped.
+	Resume(tag string) error
+	// WaitBreak returns when a request has stopped.
+	WaitBreak(ctx context.Context, tag string) error
+	// Release resumes all that has stopped and removes all breakpoints.
+	Release()
 }
 
 // Warn passes a warning to the user.

@@ -136,7 +136,7 @@ func (l *layer) openNode(ctx context.Context, node, n Options, u usage, grant *G
 		if err != nil {
 			return nil, err
 		}
-		dev, err := NewRaw(file, RawOptions{Name: node.Describe(), Format: driver, ReadOnly: u.readOnly})
+		dev, err := NewRaw(file, RawOptions{Name: nodeFile(node), Format: driver, ReadOnly: u.readOnly})
 		if err != nil {
 			return nil, errors.Join(err, file.Close())
 		}
@@ -165,8 +165,16 @@ func (l *layer) openNode(ctx context.Context, node, n Options, u usage, grant *G
 	return dev, nil
 }
 
+// nodeFile is the name of the file at the bottom of a node, or of the node if there is none.
+func nodeFile(node Options) string {
+	if path := node.LeafPath(); path != "" {
+		return path
+	}
+	return node.Describe()
+}
+
 func (l *layer) newNode(driver string, node, rest Options, u usage) *Node {
-	return &Node{Name: node.Describe(), Driver: driver, ReadOnly: u.readOnly, AutoReadOnly: u.autoReadOnly, layer: l, rest: rest, use: u}
+	return &Node{Name: node.Describe(), File: nodeFile(node), Driver: driver, ReadOnly: u.readOnly, AutoReadOnly: u.autoReadOnly, layer: l, rest: rest, use: u}
 }
 
 // openDriver has a driver open a node, and refuses what it did not take.

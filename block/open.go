@@ -43,6 +43,8 @@ type OpenOptions struct {
 	Node Options
 	// Object looks up the objects that options name, by their kind and ID. nil knows none.
 	Object func(kind, id string) (any, error)
+	// OnBreaker, if not nil, is told of nodes that can hold requests, the lowest first.
+	OnBreaker func(Breaker)
 	// Warn, if not nil, is told what QEMU would warn of.
 	Warn func(text string)
 	// IgnoreDiscard: discards have no effect on nodes whose option "discard" is not given.
@@ -287,7 +289,11 @@ func (l *layer) openFormat(ctx context.Context, file storage.File, format string
 		return nil, &UnknownFormatError{format}
 	}
 	refs := l.references(rest)
-	fo := FormatOptions{Name: l.path, ReadOnly: u.readOnly, Options: rest, Secret: l.o.secret(), NoData: l.o.NoData,
+	name := l.path
+	if l.base != "" {
+		name = l.base
+	}
+	fo := FormatOptions{Name: name, ReadOnly: u.readOnly, Options: rest, Secret: l.o.secret(), NoData: l.o.NoData,
 		Memory: l.o.Memory, OpenBacking: refs.openBacking, OpenDataFile: refs.openData}
 	if tell := l.o.OnCorrupt; tell != nil {
 		fo.OnCorrupt = func(err error) { tell(l.path, err) }

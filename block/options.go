@@ -277,6 +277,10 @@ func (o Options) plainName() (string, bool) {
 
 func (o Options) writeJSON(b *bytes.Buffer) {
 	b.WriteByte('{')
+	if o["driver"] == "" && o["filename"] != "" {
+		o = maps.Clone(o)
+		o["driver"] = "file"
+	}
 	first := true
 	begin := func(name string) {
 		if !first {

@@ -188,6 +188,7 @@ func (r *Raw) ReadAt(_ context.Context, p []byte, off int64) error {
 		return err
 	}
 	defer r.gate.leave()
+	storage.Tell(r.file, storage.EventReadAIO)
 	return r.read(p, off, r.file.ReadAt)
 }
 
@@ -257,6 +258,7 @@ func (r *Raw) write(p []byte, off int64) error {
 		return nil
 	}
 	return r.guarded(off, p, int64(len(p)), func() error {
+		storage.Tell(r.file, storage.EventWriteAIO)
 		if _, err := r.file.WriteAt(p, r.o.Offset+off); err != nil {
 			return fmt.Errorf("writing %q at offset %d: %w", r.o.Name, off, err)
 		}

@@ -3,6 +3,8 @@ package qcow2
 import (
 	"context"
 	"fmt"
+
+	"github.com/droverproject/drover/storage"
 )
 
 // Empty gives up everything that the image itself holds of its disk, which then reads as what stands below it, or as zeroes.
@@ -13,6 +15,7 @@ import (
 // made sure that both read the same has lost nothing. What then still takes up space is found when the image is opened next.
 func (im *Image) Empty(ctx context.Context) error {
 	err := im.exclusive(ctx, func() error {
+		storage.Tell(im.file, storage.EventEmptyImagePrepare)
 		if im.raw() {
 			return fmt.Errorf("%w: it is a raw disk by itself", ErrDataFile)
 		}

@@ -16,6 +16,7 @@ func (im *Image) readHost(p []byte, off, host int64) error {
 	if err := im.checkPlace(off, host); err != nil {
 		return err
 	}
+	storage.Tell(im.file, storage.EventReadAIO)
 	var err error
 	if im.crypt != nil {
 		err = im.crypt.read(im.data, p, off, host)
@@ -54,6 +55,7 @@ func (im *Image) writeHost(p []byte, off, host int64) error {
 	if im.crypt != nil {
 		return im.writeEncrypted([][]byte{p}, int64(len(p)), off, host)
 	}
+	storage.Tell(im.file, storage.EventWriteAIO)
 	err := storage.WriteFull(im.data, p, host)
 	im.wroteHost(host, int64(len(p))) // also after a failure, which may have written a part
 	if err != nil {
@@ -77,6 +79,7 @@ func (im *Image) writeHostV(vec [][]byte, off, host int64) error {
 	if im.crypt != nil {
 		return im.writeEncrypted(vec, n, off, host)
 	}
+	storage.Tell(im.file, storage.EventWriteAIO)
 	err := storage.WriteVFull(im.data, vec, host)
 	im.wroteHost(host, n)
 	if err != nil {
@@ -90,6 +93,7 @@ func (im *Image) writeEncrypted(vec [][]byte, n, off, host int64) error {
 	if im.crypt.cipher == nil {
 		return fmt.Errorf("writing guest offset %#x: %w", off, ErrNoKey)
 	}
+	storage.Tell(im.file, storage.EventWriteAIO)
 	err := im.crypt.write(im.data, vec, n, off, host)
 	start := host &^ (storage.SectorSize - 1)
 	im.wroteHost(start, roundUp(host+n, storage.SectorSize)-start)

@@ -446,6 +446,7 @@ func (im *Image) noteInfo() {
 
 // Flush makes every change that had returned before the call durable, data and metadata.
 func (im *Image) Flush(ctx context.Context) error {
+	storage.Tell(im.file, storage.EventFlushToOS)
 	im.life.RLock()
 	defer im.life.RUnlock()
 	t, err := im.enter()

@@ -114,6 +114,7 @@ func (im *Image) decompress(e format.L2Entry, dst []byte) error {
 		*buf = make([]byte, n)
 	}
 	src := (*buf)[:n]
+	storage.Tell(im.file, storage.EventReadCompressed)
 	if err := storage.ReadFull(im.file, src, int64(host)); err != nil {
 		return fmt.Errorf("reading compressed cluster at host offset %#x: %w", host, err)
 	}

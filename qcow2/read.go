@@ -7,6 +7,7 @@ import (
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/qcow2/internal/meta"
+	"github.com/droverproject/drover/storage"
 )
 
 // ReadAt fills p from the disk at off.
@@ -141,6 +142,7 @@ func (im *Image) readSubclusters(ctx context.Context, p []byte, off, in int64, r
 func (im *Image) readBacking(ctx context.Context, p []byte, off int64) error {
 	if im.backing != nil && off < im.backing.Size() {
 		n := min(int64(len(p)), im.backing.Size()-off)
+		storage.Tell(im.file, storage.EventReadBackingAIO)
 		if err := im.backing.ReadAt(ctx, p[:n], off); err != nil {
 			return &belowError{err}
 		}

@@ -8,6 +8,7 @@ import (
 
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/qcow2/internal/meta"
+	"github.com/droverproject/drover/storage"
 )
 
 // ErrWouldShrink is returned by Resize for a size smaller than the disk's, without the permission to shrink it.
@@ -206,6 +207,8 @@ func (im *Image) growL1(size int64) (err error) {
 	format.EncodeTable(raw, tree.L1)
 	var undo undoList
 	defer func() { err = undo.unless(err == nil, err) }()
+	storage.Tell(im.file, storage.EventL1GrowAllocTable)
+	storage.Tell(im.file, storage.EventL1GrowWriteTable)
 	place, err := im.placeNew(&undo, raw)
 	if err != nil {
 		return err
@@ -216,6 +219,7 @@ func (im *Image) growL1(size int64) (err error) {
 	if err := im.meta.SyncNow(); err != nil {
 		return err
 	}
+	storage.Tell(im.file, storage.EventL1GrowActivateTable)
 	if err := im.switchL1(&undo, im.hdr.Size, uint32(entries), place); err != nil {
 		return err
 	}
@@ -265,6 +269,7 @@ func (im *Image) dropTables(ctx context.Context, first int64) error {
 	}
 	clear(tree.L1[:first])
 	zeroes := make([]byte, (last-first)*8)
+	storage.Tell(im.file, storage.EventL1ShrinkWriteTable)
 	if err := im.meta.WriteNow(zeroes, im.hdr.L1Offset+format.HostOff(first*8)); err != nil {
 		return err
 	}

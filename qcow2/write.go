@@ -8,6 +8,7 @@ import (
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/qcow2/internal/meta"
+	"github.com/droverproject/drover/storage"
 )
 
 // maxAllocation bounds how many guest bytes one step of an allocating write covers, and with it how much of the disk one
@@ -376,6 +377,9 @@ func (a *allocation) store(ctx context.Context, p []byte, off, in int64) error {
 	if needTail {
 		vec = append(vec, tail)
 	}
+	if needHead || needTail {
+		storage.Tell(im.file, storage.EventCOWWrite)
+	}
 	return im.writeHostV(vec, off-in+at, int64(a.host)+at)
 }
 
@@ -389,6 +393,7 @@ func (a *allocation) copyOld(ctx context.Context, b []byte, off int64) (bool, er
 		return len(b) > 0 && !a.virgin, err
 	}
 	clear(b[inside:])
+	storage.Tell(im.file, storage.EventCOWRead)
 	if err := im.read(ctx, b[:inside], off); err != nil {
 		return false, fmt.Errorf("copying on write: %w", err)
 	}

@@ -142,6 +142,11 @@ func collectInfo(ctx context.Context, src *source, chain bool) ([]*imageInfo, er
 		return nil, err
 	}
 	info.Filename = src.node.Describe()
+	if src.format == block.FormatRaw && (src.node["offset"] != "" || src.node["size"] != "") {
+		if info.VirtualSize, err = sizeOf(ctx, src); err != nil {
+			return nil, err
+		}
+	}
 	if src.shownFormat != "" {
 		info.Format = src.shownFormat
 	}
@@ -165,6 +170,15 @@ func collectInfo(ctx context.Context, src *source, chain bool) ([]*imageInfo, er
 		}
 	}
 	return list, nil
+}
+
+// sizeOf opens an image to find out how long its disk is.
+func sizeOf(ctx context.Context, src *source) (int64, error) {
+	dev, err := block.Open(ctx, src.name, src.openOptions())
+	if err != nil {
+		return 0, openError(src.name, err)
+	}
+	return dev.Size(), dev.Close()
 }
 
 // openNext reads the image that info, which is the image in the file at image, names as its backing.

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/droverproject/drover/block"
+	_ "github.com/droverproject/drover/block/filter" // registers filters
 	"github.com/droverproject/drover/nbd/client"
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"

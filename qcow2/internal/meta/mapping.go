@@ -345,6 +345,7 @@ func (m *Mapping) readSlice(b []byte, at format.HostOff, wait bool) error {
 		}
 		return nil
 	}
+	storage.Tell(m.file, storage.EventL2Load)
 	if err := storage.ReadFull(m.file, b, int64(at)); err != nil {
 		return fmt.Errorf("reading L2 table at host offset %#x: %w", at, err)
 	}
@@ -573,11 +574,13 @@ func (m *Mapping) fillTable(t *table, from format.HostOff, virgin bool) error {
 		if !m.lay.Aligned(from) {
 			return corrupt("L2 table at host offset %#x is not on a cluster boundary", from)
 		}
+		storage.Tell(m.file, storage.EventL2AllocCOWRead)
 		if err := storage.ReadFull(m.file, b, int64(from)); err != nil {
 			return fmt.Errorf("reading L2 table at host offset %#x: %w", from, err)
 		}
 		clearCopied(b, m.lay)
 	}
+	storage.Tell(m.file, storage.EventL2AllocWrite)
 	err := storage.WriteFull(m.file, b, at)
 	m.wrote(at, int64(len(b)))
 	if err != nil {

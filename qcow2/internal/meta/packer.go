@@ -24,6 +24,7 @@ func (s *Store) Pack(parts [][]byte) ([]format.L2Entry, error) {
 	defer s.packMu.Unlock()
 	entries := make([]format.L2Entry, 0, len(parts))
 	for _, p := range parts {
+		storage.Tell(s.file, storage.EventClusterAllocBytes)
 		e, err := s.Refs.allocBytes(int64(len(p)))
 		if err != nil {
 			return nil, s.unpack(entries, err)
@@ -39,6 +40,7 @@ func (s *Store) Pack(parts [][]byte) ([]format.L2Entry, error) {
 			}
 			end += format.HostOff(len(parts[k]))
 		}
+		storage.Tell(s.file, storage.EventWriteCompressed)
 		err := storage.WriteVFull(s.file, parts[i:k], int64(off))
 		s.Wrote(int64(off), int64(end-off))
 		if err != nil {

@@ -98,6 +98,7 @@ func newRefcounts(file storage.File, lay format.Layout, tableOff format.HostOff,
 	rc := &Refcounts{file: file, lay: lay, tableOff: tableOff, tableClusters: tableClusters, known: make(map[int]*refBlock), keep: cleanBlocksKept,
 		guard: func(ClusterRun, Structure) error { return nil }, claim: func(Structure, ClusterRun) {}}
 	raw := make([]byte, tableClusters*lay.ClusterSize())
+	storage.Tell(file, storage.EventRefTableLoad)
 	if err := storage.ReadFull(file, raw, int64(tableOff)); err != nil {
 		return nil, fmt.Errorf("reading refcount table at host offset %#x: %w", tableOff, err)
 	}
@@ -158,6 +159,7 @@ func (rc *Refcounts) load(b int) error {
 		return err
 	}
 	data := make([]byte, rc.lay.ClusterSize())
+	storage.Tell(rc.file, storage.EventRefBlockLoad)
 	if err := storage.ReadFull(rc.file, data, int64(rc.hosts[b])); err != nil {
 		return fmt.Errorf("reading refcount block at host offset %#x: %w", rc.hosts[b], err)
 	}
@@ -269,6 +271,7 @@ func (rc *Refcounts) touch(b int, slot int64) {
 // grow by them, else as many as lie between two refcount structures at its end. virgin reports that the whole run reads
 // as zeroes already. The caller refers to the clusters through the mapping, or gives them back with Release.
 func (rc *Refcounts) Alloc(n int64) (run ClusterRun, virgin bool, err error) {
+	storage.Tell(rc.file, storage.EventClusterAlloc)
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	if rc.marked != nil && !rc.marked() {

@@ -61,6 +61,7 @@ func (rc *Refcounts) freeze() frozenRefs {
 func (rc *Refcounts) writeBlocks(f *frozenRefs) error {
 	for _, b := range f.blocks {
 		at := b.host + format.HostOff(b.lo)
+		storage.Tell(rc.file, storage.EventRefBlockUpdatePart)
 		if err := storage.WriteFull(rc.file, b.raw, int64(at)); err != nil {
 			return fmt.Errorf("writing refcount block at host offset %#x: %w", at, err)
 		}
@@ -68,6 +69,7 @@ func (rc *Refcounts) writeBlocks(f *frozenRefs) error {
 	if f.table == nil {
 		return nil
 	}
+	storage.Tell(rc.file, storage.EventRefBlockAllocWriteTable)
 	if err := storage.WriteFull(rc.file, f.table, int64(f.tableOff)); err != nil {
 		return fmt.Errorf("writing refcount table at host offset %#x: %w", f.tableOff, err)
 	}
@@ -78,6 +80,7 @@ func (rc *Refcounts) writeBlocks(f *frozenRefs) error {
 func (rc *Refcounts) writePointers(f *frozenRefs) error {
 	if f.table != nil {
 		b := format.EncodeRefTablePointer(f.tableOff, uint32(f.tableClusters))
+		storage.Tell(rc.file, storage.EventRefBlockAllocSwitchTable)
 		if err := storage.WriteFull(rc.file, b[:], format.OffRefTable); err != nil {
 			return fmt.Errorf("writing refcount table pointer in the header: %w", err)
 		}
@@ -86,6 +89,7 @@ func (rc *Refcounts) writePointers(f *frozenRefs) error {
 	for _, i := range f.newBlocks {
 		at := f.tableOff + format.HostOff(i*8)
 		b := format.EncodeUint64(uint64(format.MakeRefTable(f.entries[i])))
+		storage.Tell(rc.file, storage.EventRefBlockAllocHookup)
 		if err := storage.WriteFull(rc.file, b[:], int64(at)); err != nil {
 			return fmt.Errorf("writing refcount table at host offset %#x: %w", at, err)
 		}

@@ -447,6 +447,7 @@ func (s *Store) write(g *generation) error {
 }
 
 func (s *Store) sync() error {
+	storage.Tell(s.file, storage.EventFlushToDisk)
 	if err := s.file.Sync(); err != nil {
 		return fmt.Errorf("syncing image file: %w", err)
 	}
@@ -474,6 +475,7 @@ func (s *Store) writeSlices(fs []frozenSlice) error {
 		for ; i < len(fs) && s.Map.sliceHost(fs[i].s) == at+format.HostOff(int64(len(vec))*size); i++ {
 			vec = append(vec, *fs[i].raw)
 		}
+		storage.Tell(s.file, storage.EventL2Update)
 		if err := storage.WriteVFull(s.file, vec, int64(at)); err != nil {
 			return fmt.Errorf("writing L2 table at host offset %#x: %w", at, err)
 		}
@@ -484,6 +486,7 @@ func (s *Store) writeSlices(fs []frozenSlice) error {
 func (m *Mapping) writeL1(fs []frozenL1) error {
 	for _, f := range fs {
 		at := m.l1Off + format.HostOff((f.chunk*l1ChunkEntries+f.lo)*8)
+		storage.Tell(m.file, storage.EventL1Update)
 		if err := storage.WriteFull(m.file, f.raw, int64(at)); err != nil {
 			return fmt.Errorf("writing L1 table at host offset %#x: %w", at, err)
 		}
@@ -600,6 +603,7 @@ func (s *Store) free(r Retired) (rest Retired, err error) {
 			return r, err
 		}
 		run := ClusterRun{r.First, n}
+		storage.Tell(s.file, storage.EventClusterFree)
 		if err := s.leave(run, r.Kind, last); err != nil {
 			return r, err
 		}
