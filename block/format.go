@@ -14,6 +14,8 @@ type Format struct {
 	Name string
 	// Probe reports whether a file whose first 512 bytes (zero-extended) are head is of this format.
 	Probe func(head []byte) bool
+	// CheckOptions refuses options that Open would refuse whatever the image is; nil checks none.
+	CheckOptions func(options map[string]string) error
 	// Open makes a device of a file that is already locked. On success the device owns the file and closes it; on
 	// failure the caller does.
 	Open func(ctx context.Context, file storage.File, o FormatOptions) (Device, error)

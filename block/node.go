@@ -81,6 +81,26 @@ func takeGeneric(n Options, u usage) (usage, manner, error) {
 
 func badValue(value string) error { return fmt.Errorf("invalid parameter value: %s", value) }
 
+// CheckOptions refuses what Open would refuse in the options of a node of a format, without opening anything.
+func CheckOptions(format string, node Options) error {
+	f, ok := lookupFormat(format)
+	if _, isDriver := lookupDriver(node["driver"]); !ok || isDriver {
+		return nil
+	}
+	n := maps.Clone(node)
+	if _, _, err := takeGeneric(n, usage{readOnly: true}); err != nil {
+		return err
+	}
+	n.take("driver")
+	for _, child := range []string{"file", "backing", "data-file"} {
+		n.takeSub(child)
+	}
+	if f.CheckOptions == nil {
+		return nil
+	}
+	return f.CheckOptions(n)
+}
+
 // isFileNode reports whether options say which file, or what else, a node is made of.
 func isFileNode(o Options) bool {
 	if o["file"] != "" || o["filename"] != "" || o["file.filename"] != "" || o["file.driver"] != "" {
@@ -97,7 +117,8 @@ func isDisk(o Options) bool {
 		d, ok := lookupDriver(driver)
 		switch {
 		case driver == "":
-			return o["filename"] == "" && len(o) > 0
+			_, hasName := o["filename"]
+			return !hasName && len(o) > 0
 		case !ok:
 			return true
 		case len(o.Sub("file")) > 0 && d.Filter:

@@ -376,7 +376,7 @@ func (r *references) openBacking(ctx context.Context, name, format string) (Devi
 		}
 		return nil, nil
 	case r.backingRef != nil:
-		return nil, &OpenError{Name: l.path, Kind: RefBacking, Err: noSuchNode(*r.backingRef)}
+		return nil, &OpenError{Name: *r.backingRef, Kind: RefBacking, Err: noSuchNode(*r.backingRef)}
 	case named:
 		next.node = maps.Clone(r.backing)
 		if _, ok := next.node["driver"]; !ok && format != "" {

@@ -103,8 +103,11 @@ func ParseJSON(text string) (Options, error) {
 }
 
 func jsonReason(err error) string {
+	if errors.Is(err, io.EOF) {
+		return "Expecting a JSON value"
+	}
 	var syntax *json.SyntaxError
-	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) ||
+	if errors.Is(err, io.ErrUnexpectedEOF) ||
 		errors.As(err, &syntax) && strings.Contains(syntax.Error(), "unexpected end") {
 		return "JSON parse error, premature EOI"
 	}

@@ -28,6 +28,10 @@ func init() {
 	RegisterFormat(Format{
 		Name:  FormatRaw,
 		Probe: func([]byte) bool { return false }, // raw is what is left when nothing else is recognised
+		CheckOptions: func(options map[string]string) error {
+			_, err := rawOptions(FormatOptions{Options: options})
+			return err
+		},
 		Open: func(_ context.Context, file storage.File, o FormatOptions) (Device, error) {
 			ro, err := rawOptions(o)
 			if err != nil {

@@ -134,7 +134,7 @@ var (
 )
 
 func init() {
-	block.RegisterFormat(block.Format{Name: "qcow2", Probe: Probe, Open: openFormat})
+	block.RegisterFormat(block.Format{Name: "qcow2", Probe: Probe, Open: openFormat, CheckOptions: checkOptions})
 }
 
 // Probe reports whether the first 512 bytes of a file are those of a QCOW2 image.

@@ -127,12 +127,18 @@ func (o *Options) runtime(byName map[string]string, hdr *format.Header) error {
 	return o.overlapOptions(byName)
 }
 
+// checkOptions is block.Format.CheckOptions.
+func checkOptions(byName map[string]string) error {
+	return new(Options).runtime(byName, &format.Header{Version: format.Version3})
+}
+
 // sizeOption sets a number of bytes. A cache of nothing is the least there is.
 func sizeOption(field func(*Options) *int64) func(*Options, string, string) error {
 	return func(o *Options, name, value string) error {
 		n, err := block.ParseSize(value)
 		if err != nil || n < 0 {
-			return fmt.Errorf("Parameter '%s' expects a non-negative number below 2^63: %q", name, value) //nolint:staticcheck // QEMU's text
+			return fmt.Errorf("Parameter '%s' expects a non-negative number below 2^64\n"+
+				"Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\nand exabytes, respectively.", name) //nolint:staticcheck // QEMU's text
 		}
 		*field(o) = max(n, 1)
 		return nil

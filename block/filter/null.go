@@ -36,7 +36,7 @@ func init() {
 
 // parseNull understands null-co:// and null-aio://, which have nothing behind them.
 func parseNull(name string) (block.Options, error) {
-	if prefix, rest, _ := strings.Cut(name, "://"); rest != "" || prefix == name {
+	if prefix, rest, _ := strings.Cut(name, ":"); rest != "//" {
 		return nil, fmt.Errorf("The only allowed filename for this driver is '%s://'", prefix)
 	}
 	return block.Options{}, nil

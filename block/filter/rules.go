@@ -304,6 +304,11 @@ func takeRules(section string, o block.Options) ([]*rule, error) {
 		if !ok {
 			return nil, fmt.Errorf("Parameter '%s.%d' is missing", section, i)
 		}
+		if name, ok := props["event"]; ok {
+			if _, known := storage.ParseEvent(name); !known {
+				return nil, fmt.Errorf("invalid parameter value: %s", name)
+			}
+		}
 		x, err := newRule(section, props)
 		if err != nil {
 			return nil, err

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -141,7 +143,11 @@ func collectInfo(ctx context.Context, src *source, chain bool) ([]*imageInfo, er
 	if err != nil {
 		return nil, err
 	}
-	info.Filename = src.node.Describe()
+	node, err := withoutBacking(src, format)
+	if err != nil {
+		return nil, err
+	}
+	info.Filename = node.Describe()
 	if src.format == block.FormatRaw && (src.node["offset"] != "" || src.node["size"] != "") {
 		if info.VirtualSize, err = sizeOf(ctx, src); err != nil {
 			return nil, err
@@ -170,6 +176,23 @@ func collectInfo(ctx context.Context, src *source, chain bool) ([]*imageInfo, er
 		}
 	}
 	return list, nil
+}
+
+// withoutBacking is the description of an image without what it says of the images below, which info has no use for.
+func withoutBacking(src *source, format string) (block.Options, error) {
+	node := maps.Clone(src.node)
+	if ref, ok := node["backing"]; ok && (ref == "" || ref == block.Null) {
+		if ref == "" {
+			src.warn(`Use of "backing": "" is deprecated; use "backing": null instead`)
+		}
+		delete(node, "backing")
+	}
+	for _, name := range slices.Sorted(maps.Keys(node)) {
+		if name == "backing" || strings.HasPrefix(name, "backing.") {
+			return nil, errorf("Could not open '%s': Block format '%s' does not support the option '%s'", src.name, format, name)
+		}
+	}
+	return node, nil
 }
 
 // sizeOf opens an image to find out how long its disk is.

@@ -65,6 +65,9 @@ func (s *source) add(cmd *cobra.Command) {
 	f.BoolVarP(&s.forceShare, "force-share", "U", false, "open the image even if somebody else writes to it")
 	f.BoolVar(&s.imageOpts, "image-opts", false, "the image is given as options: driver=FMT,file.filename=NAME")
 	s.objects.add(f)
+	s.warn = func(text string) {
+		fmt.Fprintf(cmd.ErrOrStderr(), "%s: warning: %s\n", cmd.Root().Name(), text)
+	}
 }
 
 // set takes the image argument.
@@ -121,6 +124,9 @@ func (s *source) openFileAs(readOnly bool) (storage.File, string, error) {
 		return nil, "", openError(s.name, err)
 	}
 	format, err := formatOf(file, s.format)
+	if err == nil {
+		err = block.CheckOptions(format, s.node)
+	}
 	if err != nil {
 		return nil, "", openError(s.name, errors.Join(err, file.Close()))
 	}

@@ -175,6 +175,7 @@ func (q *qemuIO) run(ctx context.Context, files []string) (err error) {
 type ioOpener struct {
 	*app
 	objects objectFlags
+	breaker block.Breaker // of the image opened last; nil if it has no place for breakpoints
 }
 
 // Open implements qemuio.Opener.
@@ -276,6 +277,8 @@ func (p *ioOpener) openMode(ctx context.Context, src *source, o qemuio.Opening) 
 	opts.ReadOnly = o.ReadOnly || o.Snapshot
 	opts.Direct = o.Direct()
 	opts.OnRepair = p.tellRepair
+	p.breaker = nil
+	opts.OnBreaker = func(b block.Breaker) { p.breaker = b }
 	dev, err := block.Open(ctx, src.name, opts)
 	if err != nil {
 		return nil, errors.New(openReason(src.name, err))
@@ -289,6 +292,9 @@ func (p *ioOpener) openMode(ctx context.Context, src *source, o qemuio.Opening) 
 // image makes a disk what the commands work on.
 func (p *ioOpener) image(o qemuio.Opening, src *source, dev block.Device) *qemuio.Image {
 	im := &qemuio.Image{Opened: o, Device: block.WithMode(dev, ioMode(o))}
+	if p.breaker != nil {
+		im.Break = p.breaker
+	}
 	im.Describe = func(ctx context.Context, w io.Writer) error {
 		return describeDisk(ctx, &app{name: p.name, out: w, err: p.err}, dev)
 	}
@@ -325,7 +331,7 @@ func compressed(dev block.Device, disk *qcow2.Image) func(context.Context, []byt
 // ioMode is how the disk is used.
 func ioMode(o qemuio.Opening) block.Mode {
 	return block.Mode{
-		Writethrough: o.Cache == "writethrough" || o.Cache == "directsync",
+		Writethrough: o.Cache == "" || o.Cache == "writethrough" || o.Cache == "directsync", // qemu-io's default
 		NoFlush:      o.Cache == "unsafe",
 		NoDiscard:    o.Discard == "ignore" || o.Discard == "off",
 	}

@@ -36,6 +36,9 @@ func (a Address) dial(ctx context.Context) (net.Conn, error) {
 	if a.Host != "" {
 		network, target = "tcp", net.JoinHostPort(strings.Trim(a.Host, "[]"), a.Port)
 	}
+	if target == "" {
+		return nil, &ConnectError{a, syscall.ECONNREFUSED}
+	}
 	nc, err := d.DialContext(ctx, network, target)
 	if err != nil {
 		return nil, &ConnectError{a, err}

@@ -118,8 +118,6 @@ func takeAddress(n *block.Node) (Address, error) {
 		if hasPort {
 			server["port"] = port
 		}
-	case hasPort:
-		return a, errors.New("port may not be used without host")
 	}
 	if len(server) == 0 {
 		return a, errors.New("NBD server address missing")
