@@ -132,7 +132,7 @@ func (n *Node) OpenDevice(ctx context.Context, child string) (Device, error) {
 	if sub["driver"] == "" && sub["filename"] != "" {
 		sub["driver"] = "file"
 	}
-	return n.layer.device(ctx, sub, n.use, nil)
+	return n.layer.inner(sub).device(ctx, sub, n.use, nil)
 }
 
 // OpenProbed is OpenDevice for a child whose format may be found out from its content.
@@ -141,7 +141,7 @@ func (n *Node) OpenProbed(ctx context.Context, child string) (Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	return n.layer.device(ctx, sub, n.use, nil)
+	return n.layer.inner(sub).device(ctx, sub, n.use, nil)
 }
 
 func (n *Node) child(name string) (Options, error) {
@@ -161,6 +161,13 @@ func (n *Node) Object(kind, id string) (any, error) {
 		return nil, ErrNoObject
 	}
 	return n.layer.o.Object(kind, id)
+}
+
+// Print passes a line of output to the user.
+func (n *Node) Print(text string) {
+	if p := n.layer.o.Print; p != nil {
+		p(text)
+	}
 }
 
 // Breaker says that requests can be held at this node.

@@ -186,6 +186,16 @@ func (l *layer) openNode(ctx context.Context, node, n Options, u usage, grant *G
 	return dev, nil
 }
 
+// inner returns a layer for a child of l's node that is a disk by itself: what its format names is relative to it.
+func (l *layer) inner(child Options) *layer {
+	c := *l
+	c.node = child
+	if c.name(); l == l.top {
+		c.top = &c
+	}
+	return &c
+}
+
 // nodeFile is the name of the file at the bottom of a node, or of the node if there is none.
 func nodeFile(node Options) string {
 	if path := node.LeafPath(); path != "" {

@@ -45,6 +45,8 @@ type OpenOptions struct {
 	Object func(kind, id string) (any, error)
 	// OnBreaker, if not nil, is told of nodes that can hold requests, the lowest first.
 	OnBreaker func(Breaker)
+	// Print, if not nil, is told what blkdebug says about requests that it holds.
+	Print func(text string)
 	// Warn, if not nil, is told what QEMU would warn of.
 	Warn func(text string)
 	// IgnoreDiscard: discards have no effect on nodes whose option "discard" is not given.

@@ -87,7 +87,7 @@ func takeDebug(n *block.Node) (*rules, limits, error) {
 	if err != nil {
 		return nil, l, err
 	}
-	return newRules(list), l, nil
+	return newRules(list, n.Print), l, nil
 }
 
 func takeLimits(n *block.Node) (limits, error) {

@@ -73,10 +73,11 @@ type rules struct {
 	state  int
 	held   []held
 	change chan struct{} // closed when a request has stopped
+	print  func(string)
 }
 
-func newRules(list []*rule) *rules {
-	r := &rules{all: list, state: 1, change: make(chan struct{})}
+func newRules(list []*rule, print func(string)) *rules {
+	r := &rules{all: list, state: 1, change: make(chan struct{}), print: print}
 	r.Event(storage.EventNone)
 	return r
 }
@@ -103,6 +104,7 @@ func (r *rules) Event(e storage.Event) {
 			h := held{x.tag, make(chan struct{})}
 			r.held = append(r.held, h)
 			wait = append(wait, h.resume)
+			r.print(fmt.Sprintf("blkdebug: Suspended request '%s'", x.tag))
 			close(r.change)
 			r.change = make(chan struct{})
 		}
@@ -180,6 +182,7 @@ func (r *rules) resume(tag string, all bool) bool {
 		if r.held[i].tag != tag {
 			continue
 		}
+		r.print(fmt.Sprintf("blkdebug: Resuming request '%s'", tag))
 		close(r.held[i].resume)
 		r.held = slices.Delete(r.held, i, i+1)
 		if found = true; !all {

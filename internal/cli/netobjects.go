@@ -15,8 +15,11 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/block/filter"
 	"github.com/droverproject/drover/daemon"
 	"github.com/droverproject/drover/nbd"
+	"github.com/droverproject/drover/nbd/client"
 )
 
 // netObjects are the objects of a command line that serves: secrets, TLS credentials, and who is let in.
@@ -24,6 +27,7 @@ type netObjects struct {
 	secrets objectFlags
 	creds   map[string]tlsCreds
 	authz   map[string]authorizer
+	groups  map[string]*filter.ThrottleGroup
 	others  map[string]bool // those without effect here
 }
 
@@ -40,7 +44,7 @@ type tlsCreds struct {
 type authorizer func(name string) bool
 
 // objectsWithoutEffect can be made but have nothing to do with how drover works.
-var objectsWithoutEffect = []string{"iothread", "main-loop", "throttle-group", "tls-cipher-suites", "thread-context"}
+var objectsWithoutEffect = []string{"iothread", "main-loop", "tls-cipher-suites", "thread-context"}
 
 // add makes an object, which may use those before it.
 func (o *netObjects) add(text string) error {
@@ -54,7 +58,7 @@ func (o *netObjects) add(text string) error {
 		_, err := o.secrets.parse()
 		return err
 	}
-	if !slices.Contains(objectsWithoutEffect, kind) && !strings.HasPrefix(kind, "tls-creds-") && !strings.HasPrefix(kind, "authz-") {
+	if !slices.Contains(objectsWithoutEffect, kind) && kind != "throttle-group" && !strings.HasPrefix(kind, "tls-creds-") && !strings.HasPrefix(kind, "authz-") {
 		return errorf("Parameter 'qom-type' does not accept value '%s'", kind)
 	}
 	id, ok := props["id"]
@@ -76,7 +80,7 @@ func (o *netObjects) add(text string) error {
 func (o *netObjects) taken(id string) bool {
 	_, creds := o.creds[id]
 	_, authz := o.authz[id]
-	return creds || authz || o.others[id]
+	return creds || authz || o.groups[id] != nil || o.others[id]
 }
 
 func (o *netObjects) make(kind, id string, props map[string]string) error {
@@ -101,6 +105,16 @@ func (o *netObjects) make(kind, id string, props map[string]string) error {
 		}
 		o.authz[id] = a
 		return nil
+	case "throttle-group":
+		g, err := filter.NewThrottleGroup(props)
+		if err != nil {
+			return err
+		}
+		if o.groups == nil {
+			o.groups = make(map[string]*filter.ThrottleGroup)
+		}
+		o.groups[id] = g
+		return nil
 	}
 	if strings.HasPrefix(kind, "authz-") {
 		return errorf("invalid object type: %s", kind)
@@ -110,6 +124,23 @@ func (o *netObjects) make(kind, id string, props map[string]string) error {
 	}
 	o.others[id] = true
 	return nil
+}
+
+// lookup returns the object of a kind that nodes use, by its ID.
+func (o *netObjects) lookup(kind, id string) (any, error) {
+	switch kind {
+	case filter.ObjectThrottleGroup:
+		if g, ok := o.groups[id]; ok {
+			return g, nil
+		}
+	case client.ObjectTLS:
+		c, err := o.credentials(id, false)
+		if err != nil {
+			return nil, errors.New(strings.TrimPrefix(err.Error(), "Failed to get TLS creds: "))
+		}
+		return c.config, nil
+	}
+	return nil, block.ErrNoObject
 }
 
 // objectProperties takes TYPE,id=ID,NAME=VALUE,... or the same as a JSON object apart. What is nested has names with dots.

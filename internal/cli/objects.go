@@ -24,10 +24,21 @@ import (
 // maxSecretFile bounds how much of a file is taken for a secret.
 const maxSecretFile = 1 << 20
 
-// objectFlags are the objects of a command line. Secrets are the only kind there is.
-type objectFlags struct{ texts []string }
+// objectFlags are the objects of a command line.
+type objectFlags struct {
+	texts []string
+	// others are those that are not secrets. Copies share them, so that what two images name is one thing.
+	others *otherObjects
+}
+
+// otherObjects are made once.
+type otherObjects struct {
+	made bool
+	netObjects
+}
 
 func (o *objectFlags) add(f *pflag.FlagSet) {
+	o.others = &otherObjects{}
 	f.StringArrayVar(&o.texts, "object", nil,
 		"`OBJECT` that other options refer to: secret,id=ID,file=FILE[,format=base64] (may be repeated)")
 }
@@ -56,6 +67,12 @@ func checkPassphrase(id string, b []byte) ([]byte, error) {
 func (o *objectFlags) parse() (secrets, error) {
 	s := make(secrets)
 	for _, text := range o.texts {
+		if other, err := o.other(text); err != nil || other {
+			if err != nil {
+				return nil, err
+			}
+			continue
+		}
 		id, props, err := parseObject(text)
 		if err != nil {
 			return nil, err
@@ -67,7 +84,25 @@ func (o *objectFlags) parse() (secrets, error) {
 			return nil, err
 		}
 	}
+	if o.others != nil {
+		o.others.made = true
+	}
 	return s, nil
+}
+
+// other makes an object that is not a secret, and reports whether it is one.
+func (o *objectFlags) other(text string) (bool, error) {
+	props, err := objectProperties(text)
+	if err != nil || props["qom-type"] == "" || props["qom-type"] == "secret" {
+		return false, nil // what is wrong with it is found out later
+	}
+	if o.others == nil {
+		o.others = &otherObjects{}
+	}
+	if o.others.made {
+		return true, nil
+	}
+	return true, o.others.add(text)
 }
 
 // secretProperties are the properties of a secret.
@@ -77,7 +112,10 @@ var objectID = regexp.MustCompile(`^[A-Za-z][-A-Za-z0-9._]*$`)
 
 // lookup returns the object of a kind that nodes use, by its ID.
 func (o *objectFlags) lookup(kind, id string) (any, error) {
-	return nil, block.ErrNoObject
+	if o.others == nil {
+		return nil, block.ErrNoObject
+	}
+	return o.others.lookup(kind, id)
 }
 
 // parseObject takes TYPE,id=ID,NAME=VALUE,... or the same as a JSON object apart.

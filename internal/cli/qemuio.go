@@ -147,6 +147,7 @@ func (q *qemuIO) run(ctx context.Context, files []string) (err error) {
 		return errorf("--image-opts and -f are mutually exclusive")
 	}
 	shell := &qemuio.Shell{Program: q.name, Out: q.out, Err: q.err, Described: q.opening.Described}
+	q.objects.others = &otherObjects{}
 	shell.Opener = &ioOpener{app: q.app, objects: q.objects}
 	if _, err := q.objects.parse(); err != nil {
 		return err
@@ -278,6 +279,7 @@ func (p *ioOpener) openMode(ctx context.Context, src *source, o qemuio.Opening) 
 	opts.Direct = o.Direct()
 	opts.OnRepair = p.tellRepair
 	p.breaker = nil
+	opts.Print = func(text string) { p.printf("%s\n", text) }
 	opts.OnBreaker = func(b block.Breaker) { p.breaker = b }
 	dev, err := block.Open(ctx, src.name, opts)
 	if err != nil {

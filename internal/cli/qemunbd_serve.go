@@ -278,6 +278,7 @@ func (n *qemuNBD) openImage(ctx context.Context) (block.Device, error) {
 		return fail(errorf("aio=native was specified, but it requires cache.direct=on, which was not specified."))
 	}
 	n.source.objects = n.objects.secrets
+	n.source.objects.others = &otherObjects{made: true, netObjects: n.objects}
 	n.source.policy.allowAny = true
 	if err := n.source.set(n.image); err != nil {
 		return fail(err)
