@@ -6,7 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
+	"io"
 	"slices"
 	"strconv"
 	"strings"
@@ -226,7 +226,7 @@ const maxConfig = 1 << 20
 
 // readConfig reads rules from a file of sections [inject-error] and [set-state].
 func readConfig(name string) ([]*rule, error) {
-	f, err := os.Open(name)
+	f, err := storage.OpenFile(name, storage.OpenOptions{ReadOnly: true})
 	if err != nil {
 		var errno syscall.Errno
 		if errors.As(err, &errno) {
@@ -234,14 +234,13 @@ func readConfig(name string) ([]*rule, error) {
 		}
 		return nil, fmt.Errorf("Could not read blkdebug config file: %w", err)
 	}
-	defer f.Close()
 	text := make([]byte, maxConfig+1)
-	n := 0
-	for n < len(text) {
-		m, err := f.Read(text[n:])
-		if n += m; err != nil || m == 0 {
-			break
-		}
+	n, err := f.ReadAt(text, 0)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return nil, fmt.Errorf("Could not read blkdebug config file: %w", err)
 	}
 	if n > maxConfig {
 		return nil, errors.New("Could not read blkdebug config file: File too large")

@@ -440,7 +440,6 @@ func (h *handshake) negotiate(o *Options) (*conn, *Export, error) {
 		}
 	}
 	if o.Context != "" && !c.hasContext {
-		//lint:ignore ST1005 QEMU's words
 		return nil, nil, fmt.Errorf("requested x-dirty-bitmap %s not found", o.Context)
 	}
 	e, err := h.enter(o.Export)
