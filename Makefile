@@ -23,7 +23,7 @@ UNIT      = $$(go list ./... | grep -vE '/test/(interop|qemunbd|hostile|weakness
 # The packages with model tests drawn by rapid, which alone know its flags.
 MODELS    = ./block ./qcow2/internal/bitmap ./qcow2/internal/format ./test/model
 
-.PHONY: help build test test-long demo bench bench-commands fuzz-long peers format vet staticcheck cross unit race race-long fuzz model \
+.PHONY: help build install install-links test test-long demo bench bench-commands fuzz-long peers format vet staticcheck cross unit race race-long fuzz model \
 	test-vm interop hostile weakness coverage coverage-table crash crash-long fault fio kill soak soak-short mutation mutation-ci clean
 
 help: ## this list
@@ -31,6 +31,30 @@ help: ## this list
 
 build: ## bin/drover, one static binary
 	CGO_ENABLED=0 go build -trimpath -o bin/drover ./cmd/drover
+
+# Where things are installed. DESTDIR is put before all of them.
+PREFIX  ?= /usr/local
+BINDIR  ?= $(PREFIX)/bin
+MANDIR  ?= $(PREFIX)/share/man
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+DBUSDIR ?= $(PREFIX)/share/dbus-1
+
+install: ## the program, its manual pages and completions, and what dist/ has for systemd and D-Bus
+	@test -x bin/drover || { echo "there is no bin/drover: make build"; exit 1; }
+	install -D -m 755 bin/drover '$(DESTDIR)$(BINDIR)/drover'
+	install -d '$(DESTDIR)$(MANDIR)/man1' '$(DESTDIR)$(PREFIX)/share/bash-completion/completions' \
+	  '$(DESTDIR)$(PREFIX)/share/zsh/site-functions' '$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d'
+	bin/drover man '$(DESTDIR)$(MANDIR)/man1'
+	bin/drover completion bash > '$(DESTDIR)$(PREFIX)/share/bash-completion/completions/drover'
+	bin/drover completion zsh > '$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_drover'
+	bin/drover completion fish > '$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/drover.fish'
+	install -d '$(DESTDIR)$(UNITDIR)'
+	for unit in dist/drover*.service; do sed 's|/usr/bin/drover|$(BINDIR)/drover|' $$unit > '$(DESTDIR)$(UNITDIR)'/$${unit#dist/}; done
+	install -D -m 644 dist/org.kernel.TCMUService1.service '$(DESTDIR)$(DBUSDIR)/system-services/org.kernel.TCMUService1.service'
+	install -D -m 644 dist/org.kernel.TCMUService1.conf '$(DESTDIR)$(DBUSDIR)/system.d/org.kernel.TCMUService1.conf'
+
+install-links: ## qemu-img, qemu-io and qemu-nbd as other names of drover, where it is installed
+	for name in qemu-img qemu-io qemu-nbd; do ln -sf drover '$(DESTDIR)$(BINDIR)'/$$name; done
 
 # Each rung says how long it took: CI is to stay below 25 minutes.
 RUNGS = peers format vet staticcheck unit race cross fuzz model interop hostile weakness coverage crash fault kill fio soak-short mutation-ci

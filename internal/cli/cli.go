@@ -81,7 +81,9 @@ func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 }
 
 func (a *app) runDrover(ctx context.Context, args []string) error {
-	return a.execute(ctx, a.rootCommand(), args)
+	root := a.rootCommand()
+	a.completeFlags(root)
+	return a.execute(ctx, root, args)
 }
 
 func (a *app) execute(ctx context.Context, root *cobra.Command, args []string) error {
