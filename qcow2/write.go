@@ -53,8 +53,13 @@ func (im *Image) change(ctx context.Context, s span, fn func() error) error {
 
 // changeMapping is change for a step that marks what it changes in the dirty bitmaps itself.
 func (im *Image) changeMapping(ctx context.Context, s span, fn func() error) error {
+	return im.changeChecked(ctx, func() error { return im.checkWrite(s.off, s.n) }, fn)
+}
+
+// changeChecked is changeMapping for a step that has a check of its own.
+func (im *Image) changeChecked(ctx context.Context, check, fn func() error) error {
 	for {
-		err := im.changeOnce(ctx, s, fn)
+		err := im.changeOnce(ctx, check, fn)
 		switch {
 		case errors.Is(err, meta.ErrNotMarked):
 			err = im.meta.MarkDirty()
@@ -69,7 +74,7 @@ func (im *Image) changeMapping(ctx context.Context, s span, fn func() error) err
 	}
 }
 
-func (im *Image) changeOnce(ctx context.Context, s span, fn func() error) error {
+func (im *Image) changeOnce(ctx context.Context, check, fn func() error) error {
 	if err := im.meta.Pressure(ctx); err != nil {
 		return fmt.Errorf("making room in the metadata cache: %w", err)
 	}
@@ -80,7 +85,7 @@ func (im *Image) changeOnce(ctx context.Context, s span, fn func() error) error 
 		return err
 	}
 	defer im.meta.Epochs.Exit(t)
-	if err := im.checkWrite(s.off, s.n); err != nil {
+	if err := check(); err != nil {
 		return err
 	}
 	if !im.bm.ready() {

@@ -302,6 +302,7 @@ func (p *ioOpener) image(o qemuio.Opening, src *source, dev block.Device) *qemui
 	}
 	if disk, ok := block.As[*qcow2.Image](dev); ok {
 		im.Compressed = compressed(im.Device, disk)
+		im.ReadState, im.WriteState = disk.ReadVMState, disk.WriteVMState
 		im.Truncate = func(ctx context.Context, size int64, mode string) error { return truncateImage(ctx, disk, size, mode) }
 	} else if _, ok := block.As[*block.Raw](dev); ok {
 		im.Truncate = func(ctx context.Context, size int64, mode string) error {

@@ -235,6 +235,12 @@ func TestIOCommandsLikeQEMU(t *testing.T) {
 		{commands: "write 0 100; write -P 0x11 1000000 448; write 1000000 512; write -z 100 100; write -c 0 1k; write -b 0 512; read -b 0 512", file: "raw", args: "-f raw"},
 		{commands: "write -zn 0 4k; write -znu 4k 4k; write -zu 512k 64k", file: "raw", args: "-f raw"},
 		{commands: "write 0 512; write -P 0 0 512; info", file: "raw"},
+		// the VM state
+		{commands: "read -b -v 0 512; write -b 0 512; read -b -P 0xcd 0 512; write -bq -P 3 64k 128k; read -b -P 3 128k 64k; map; info", file: "disk"},
+		{commands: "write -b -s pattern 512 1k; read -bv 512 512; write -bc 0 512; write -bC 1G 512; read -b -P 0 2G 512; read -b 0 1", file: "v2"},
+		{commands: "write -b -P 9 0 64k; read -b -P 9 0 64k; map; discard 0 1M; read -b -P 9 0 64k", file: "ext"},
+		{commands: "write -b -P 9 0 64k; read -P 9 -b 512 512", file: "small"},
+		{commands: "write -b -P 9 0 64k; read -b -P 9 0 64k; read -P 0xab 0 64k", file: "over"},
 		// writev
 		{commands: "writev 0 64k 32k 100; writev -P 3 1000 10 20; writev -q 0 1; writev -C 0 1; writev -f 0 512; read -v 990 50", file: "disk"},
 		{commands: "writev 0; writev x 1; writev 0 x; writev 0 3G; writev 0 1G 1G; writev 1M 1; writev -z 0 1; writev 0 0; writev -P x 0 1", file: "disk"},

@@ -50,6 +50,14 @@ func resizeTo(size int64, mode qcow2.Preallocation) func(context.Context, *qcow2
 	}
 }
 
+// writeState writes the state of a machine behind the end of the disk, twice.
+func writeState(ctx context.Context, im *qcow2.Image) error {
+	return errors.Join(
+		im.WriteVMState(ctx, bytes.Repeat([]byte("state"), 1000), 300),
+		im.Flush(ctx),
+		im.WriteVMState(ctx, bytes.Repeat([]byte("other"), 300), 1000))
+}
+
 func amend(o qcow2.AmendOptions) func(context.Context, *qcow2.Image) error {
 	return func(ctx context.Context, im *qcow2.Image) error { return im.Amend(ctx, o) }
 }
@@ -135,6 +143,8 @@ func Changes() []Change {
 		{Name: "compact, compressed, snapshot", Create: medium, Holes: true, Snapshot: true, Prepare: compressed, Run: compact},
 		{Name: "compact, metadata", Create: small, Holes: true, Snapshot: true, Prepare: metadataLast, Run: compact},
 		{Name: "compact, metadata alone", Create: small, Holes: true, Prepare: metadataLast, Run: compact},
+		{Name: "machine state", Create: small, Run: writeState},
+		{Name: "machine state, snapshot", Create: small, Snapshot: true, Run: writeState},
 		{Name: "lazy refcounts", Create: medium, Run: amend(qcow2.AmendOptions{LazyRefcounts: &yes})},
 	}
 }

@@ -50,6 +50,7 @@ const (
 	entries   = "qcow2/internal/format/entries.go"
 	commit    = "image/commit.go"
 	rebase    = "image/rebase.go"
+	vmState   = "qcow2/vmstate.go"
 
 	repair     = "qcow2/internal/check/repair.go"
 	rebuild    = "qcow2/internal/check/rebuild.go"
@@ -418,6 +419,14 @@ var Defects = []Defect{
 		"	most := int64(s.Layout.Offset(end))\n", "	most := int64(s.Layout.Offset(end - 1))\n"},
 	{"no-unref-frees", "a cluster is freed that discard-no-unref keeps", zero,
 		"unmap && !keep, punch: punch", "unmap && !(keep && body.n < 0), punch: punch"},
+
+	// The state of a machine.
+	{"state-on-the-disk", "the state of a machine lies where the disk is", vmState,
+		"return (im.Size() + perTable - 1) / perTable * perTable", "return im.Size() / perTable * perTable"},
+	{"state-is-marked", "a dirty bitmap records what lies behind the disk", vmState,
+		"		k, err := im.write(ctx, p[done:]", "		im.mark(span{0, at.n})\n		k, err := im.write(ctx, p[done:]"},
+	{"state-out-of-thin-air", "machine state that was never written reads as what happens to be there", vmState,
+		"	clear(p[n:])\n", ""},
 
 	// Work over whole images.
 	{"emptied-before-durable", "an image is emptied before its backing file holds what was committed", commit,
