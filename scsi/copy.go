@@ -200,7 +200,11 @@ func (u *Unit) copySegment(c *call, s copySegment) error {
 	if err := s.from.dev.ReadAt(c.ctx, buf, from); err != nil {
 		return s.from.readFailed(err, from)
 	}
-	defer s.to.locks.lock(to, n, false)()
+	unlock, err := s.to.change(to, n, false)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if err := s.to.dev.WriteAt(c.ctx, buf, to, s.to.writeFlags(s.to.o.Keep)); err != nil {
 		return s.to.writeFailed(err, to)
 	}

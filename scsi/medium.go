@@ -70,7 +70,11 @@ func (u *Unit) write(c *call) error {
 	if err != nil {
 		return err
 	}
-	defer u.locks.lock(off, n, false)()
+	unlock, err := u.change(off, n, false)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	return u.store(c, off, n, 0, len(c.cdb) > 6 && c.cdb[1]&bitFUA != 0)
 }
 
@@ -99,7 +103,11 @@ func (u *Unit) writeAndVerify(c *call) error {
 	if err != nil {
 		return err
 	}
-	defer u.locks.lock(off, n, false)()
+	unlock, err := u.change(off, n, false)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if err := u.store(c, off, n, 0, true); err != nil {
 		return err
 	}
@@ -215,7 +223,11 @@ func (u *Unit) compareAndWrite(c *call) error {
 	if int64(c.data.Len()) != 2*length { // whoever sends more means something else than these blocks
 		return badField(13, -1)
 	}
-	defer u.locks.lock(off, length, true)()
+	unlock, err := u.change(off, length, true)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if err := u.compare(c, off, length, func(at int64) []byte { return c.data.slice(at, chunk) }, true); err != nil {
 		return err
 	}
@@ -233,7 +245,11 @@ func (u *Unit) orWrite(c *call) error {
 	if err != nil {
 		return err
 	}
-	defer u.locks.lock(off, n, true)()
+	unlock, err := u.change(off, n, true)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	buf := make([]byte, min(n, chunk))
 	for at := int64(0); at < n; {
 		add := c.data.slice(at, min(n-at, int64(len(buf))))

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"math/bits"
 
 	"github.com/droverproject/drover/block"
 )
@@ -47,7 +48,11 @@ func (u *Unit) unmap(c *call) error {
 }
 
 func (u *Unit) giveBack(ctx context.Context, off, n int64) error {
-	defer u.locks.lock(off, n, false)()
+	unlock, err := u.change(off, n, false)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	return u.zero(ctx, off, n, true)
 }
 
@@ -79,11 +84,15 @@ func (u *Unit) writeSame(c *call) error {
 		}
 	}
 	off, n := u.bytes(lba), u.bytes(blocks)
-	defer u.locks.lock(off, n, false)()
+	unlock, err := u.change(off, n, false)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	if len(bytes.Trim(one, "\x00")) == 0 {
 		return u.zero(c.ctx, off, n, unmap)
 	}
-	return u.repeat(c, one, off, n)
+	return u.repeat(c.ctx, one, off, n)
 }
 
 func (u *Unit) zero(ctx context.Context, off, n int64, unmap bool) error {
@@ -101,22 +110,22 @@ func (u *Unit) zero(ctx context.Context, off, n int64, unmap bool) error {
 }
 
 // repeat fills [off, off+n) with copies of one block.
-func (u *Unit) repeat(c *call, one []byte, off, n int64) error {
+func (u *Unit) repeat(ctx context.Context, one []byte, off, n int64) error {
 	buf := bytes.Repeat(one, int(min(n, chunk))/len(one))
 	for at := int64(0); at < n; at += int64(len(buf)) {
 		p := buf[:min(n-at, int64(len(buf)))]
-		if err := u.dev.WriteAt(c.ctx, p, off+at, u.writeFlags(false)); err != nil {
+		if err := u.dev.WriteAt(ctx, p, off+at, u.writeFlags(false)); err != nil {
 			return u.writeFailed(err, off+at)
 		}
 	}
 	return nil
 }
 
-// sanitizeStep is how much of the disk is wiped between two looks at whether to go on.
-const sanitizeStep = 64 << 20
+const (
+	sanitizeImmediate, sanitizeExit = 0x80, 0x20 // bits of SANITIZE: IMMED, AUSE
+)
 
 // sanitize makes all of the disk unreadable: zeroes with the space given back, or, for an overwrite, a pattern written out.
-// It answers when it is done, IMMED or not: no reset can then interrupt what has been promised.
 func (u *Unit) sanitize(c *call) error {
 	var pattern []byte
 	if c.cdb[1]&actionMask == 0x01 {
@@ -125,30 +134,23 @@ func (u *Unit) sanitize(c *call) error {
 			return err
 		}
 	}
-	if !u.sanitizing.CompareAndSwap(0, 1) {
-		return &senseError{key: keyNotReady, code: codeSanitizeInProgress}
-	}
-	defer u.sanitizing.Store(0)
-	size := u.bytes(u.blocks())
-	for off := int64(0); off < size; off += sanitizeStep {
-		n := min(sanitizeStep, size-off)
-		if err := u.wipe(c, off, n, pattern); err != nil {
-			return err
-		}
-		u.sanitizing.Store(1 + min(uint64(float64(off+n)/float64(size)*65535), 65535))
-	}
-	if err := u.dev.Flush(c.ctx); err != nil {
-		return u.writeFailed(err, 0)
-	}
-	return nil
+	t := &task{name: "SANITIZE", running: codeSanitizeInProgress, failing: codeSanitizeFailed, exit: c.cdb[1]&sanitizeExit != 0}
+	return u.begin(c, t, c.cdb[1]&sanitizeImmediate != 0, func(ctx context.Context, t *task) error {
+		return u.wipe(ctx, t, pattern)
+	})
 }
 
-func (u *Unit) wipe(c *call, off, n int64, pattern []byte) error {
-	defer u.locks.lock(off, n, true)()
-	if pattern == nil {
-		return u.zero(c.ctx, off, n, true)
+// exitFailure gives the disk back to initiators after a SANITIZE that failed, if its own initiator has allowed for that.
+func (u *Unit) exitFailure(*call) error {
+	t := u.tasks.failed.Load()
+	if t == nil {
+		return nil
 	}
-	return u.repeat(c, pattern, off, n)
+	if !t.exit {
+		return badField(1, 4)
+	}
+	u.tasks.failed.CompareAndSwap(t, nil)
+	return nil
 }
 
 // sanitizePattern returns the block that an overwrite writes.
@@ -171,13 +173,55 @@ func (u *Unit) sanitizePattern(c *call) ([]byte, error) {
 	return bytes.Repeat(list[4:], (1<<u.shift+length-1)/length)[:1<<u.shift], nil
 }
 
+// Bits of FORMAT UNIT and of the header of its parameter list.
+const (
+	formatData, formatLong, formatDefects = 0x10, 0x20, 0x07 // FMTDATA, LONGLIST, DEFECT LIST FORMAT
+	formatImmediate, formatPattern        = 0x02, 0x08       // IMMED, IP
+)
+
 // formatUnit zeroes the disk: its defects and its layout are nobody's business.
 func (u *Unit) formatUnit(c *call) error {
-	size := u.bytes(u.blocks())
-	for off := int64(0); off < size; off += sanitizeStep {
-		if err := u.wipe(c, off, min(sanitizeStep, size-off), nil); err != nil {
-			return err
+	immediate, err := c.formatHeader()
+	if err != nil {
+		return err
+	}
+	t := &task{name: "FORMAT UNIT", running: codeFormatInProgress, failing: codeFormatFailed}
+	return u.begin(c, t, immediate, func(ctx context.Context, t *task) error { return u.wipe(ctx, t, nil) })
+}
+
+// formatHeader reads the parameter list of a FORMAT UNIT. It may say nothing of protection, of patterns and of defects.
+func (c *call) formatHeader() (immediate bool, err error) {
+	if c.cdb[4]&0x02 != 0 { // of the fast formats, only the one whose blocks are zeroes
+		return false, badField(4, 1)
+	}
+	if c.cdb[1]&formatData == 0 {
+		if wrong := c.cdb[1] & (formatLong | formatDefects | 0x08); wrong != 0 {
+			return false, badField(1, int8(bits.Len8(wrong)-1))
+		}
+		return false, nil
+	}
+	if c.cdb[1]&formatDefects != 0 {
+		return false, badField(1, 2)
+	}
+	length := 4
+	if c.cdb[1]&formatLong != 0 {
+		length = 8
+	}
+	list := c.data.take(length)
+	switch {
+	case len(list) < length:
+		return false, illegal(codeListLength)
+	case list[0] != 0: // protection information
+		return false, badParameter(0)
+	case list[1]&formatPattern != 0:
+		return false, badParameter(1)
+	case length == 8 && list[3] != 0:
+		return false, badParameter(3)
+	}
+	for at := length - length/2; at < length; at++ {
+		if list[at] != 0 { // a list of defects
+			return false, badParameter(length - length/2)
 		}
 	}
-	return nil
+	return list[1]&formatImmediate != 0, nil
 }

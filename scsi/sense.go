@@ -30,6 +30,7 @@ type code uint16
 
 // The additional sense codes that a Unit returns.
 const (
+	codeFormatInProgress     code = 0x0404
 	codeSanitizeInProgress   code = 0x041B
 	codeStandby              code = 0x040B
 	codeUnavailable          code = 0x040C
@@ -49,6 +50,8 @@ const (
 	codeSpaceExhausted       code = 0x2707
 	codePowerOn              code = 0x2900
 	codeCapacityChanged      code = 0x2A09
+	codeFormatFailed         code = 0x3101
+	codeSanitizeFailed       code = 0x3103
 	codeSavingNotSupported   code = 0x3900
 	codeInternalFailure      code = 0x4400
 	codeUnreachableCopyPeer  code = 0x0804

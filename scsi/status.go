@@ -16,8 +16,10 @@ func (u *Unit) requestSense(c *call) error {
 	sense := &senseError{}
 	if code, ok := u.nextAttention(); ok {
 		sense = &senseError{key: keyUnitAttention, code: code}
-	} else if p := u.sanitizing.Load(); p != 0 {
-		sense = &senseError{key: keyNotReady, code: codeSanitizeInProgress, field: uint16(p - 1), bit: -1, hasField: true}
+	} else if t := u.tasks.current.Load(); t != nil {
+		sense = t.sense()
+	} else if t := u.tasks.failed.Load(); t != nil {
+		sense = t.failure()
 	}
 	c.reply(sense.encode(c.cdb[1]&1 != 0), uint32(c.cdb[4]))
 	return nil

@@ -43,6 +43,9 @@ func (u *Unit) TryExecute(cdb []byte, data Buffer) (Reply, bool) {
 		return Reply{}, false
 	}
 	defer unlock()
+	if u.unavailable() != nil { // since it was looked at first: see change
+		return Reply{}, false
+	}
 	write := dev.TryWriteAt
 	if in, ok := dev.(block.OverwriteDevice); ok && u.o.Keep {
 		write = in.TryOverwriteAt // what changes the mapping has to be made durable
@@ -65,7 +68,7 @@ func (u *Unit) plain(cdb []byte) bool {
 
 // busy reports whether commands must be looked at more closely before they run.
 func (u *Unit) busy() bool {
-	if u.alua.Load() > stateNonOptimized || u.sanitizing.Load() != 0 {
+	if u.alua.Load() > stateNonOptimized || u.unavailable() != nil {
 		return true
 	}
 	u.mu.Lock()

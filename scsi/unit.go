@@ -46,9 +46,9 @@ type Unit struct {
 	mu        sync.Mutex
 	attention []code // what initiators have to be told, the oldest first
 
-	sanitizing atomic.Uint64 // 0: no; else progress in 65536ths plus one
-	copies     copyLog
-	counts     counters
+	tasks  tasks
+	copies copyLog
+	counts counters
 }
 
 // NewUnit makes a unit of a device. The device stays the caller's.
@@ -130,8 +130,8 @@ func (u *Unit) run(c *call) error {
 		if err := u.accessible(); err != nil {
 			return err
 		}
-		if u.sanitizing.Load() != 0 {
-			return &senseError{key: keyNotReady, code: codeSanitizeInProgress}
+		if err := u.unavailable(); err != nil && (u.tasks.current.Load() != nil || !mendsFailure(cmd.op)) {
+			return err
 		}
 	}
 	if err := cmd.checkBits(c.cdb); err != nil {

@@ -342,11 +342,16 @@ func (m *Manager) peer(naa [16]byte) *scsi.Unit {
 	return nil
 }
 
+// finishLimit is how long a device that goes may take for what a command with IMMED has left to do.
+const finishLimit = 20 * time.Second
+
 // close ends the service of a device: the server first, then the disk, then the memory.
 func (s *served) close() error {
 	err := s.uio.stop()
 	<-s.ended
-	return errors.Join(err, s.disk.Close(), s.uio.release())
+	ctx, cancel := context.WithTimeout(context.Background(), finishLimit)
+	defer cancel()
+	return errors.Join(err, s.unit.Finish(ctx), s.disk.Close(), s.uio.release())
 }
 
 // remove ends a device that the kernel takes away. Its commands have all been answered.

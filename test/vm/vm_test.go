@@ -148,7 +148,7 @@ var conformance = map[string]string{
 	"iSCSIdatasn.iSCSIDataSnInvalid": "how LIO treats a wrong DataSN",
 	"Reserve6.Logout":                "the kernel answers RESERVE itself, and on a busy host ends a session later than the test waits",
 	"Reserve6.ITNexusLoss":           "as Reserve6.Logout",
-	"Sanitize.Reset":                 "wants a SANITIZE with IMMED to be under way still when the answer is there; ours answers at the end",
+	"Sanitize.Reset":                 "wants a SANITIZE with IMMED to be under way still when the answer is there; a small disk is wiped by then",
 }
 
 // residualSuite is about the residual counts of iSCSI. The kernel reckons an overflow from the descriptor block only for its own
