@@ -38,7 +38,7 @@ func BitmapContext(dev block.Device, name string) (nbd.Context, error) {
 	if err := usableBitmap(dev, name); err != nil {
 		return nbd.Context{}, err
 	}
-	im := dev.(bitmapped)
+	im, _ := block.As[bitmapped](dev)
 	return nbd.Context{
 		Name: "qemu:dirty-bitmap:" + name,
 		BlockStatus: func(ctx context.Context, off, n int64, fn func(int64, uint32) bool) error {
@@ -67,7 +67,7 @@ func BitmapContext(dev block.Device, name string) (nbd.Context, error) {
 
 // usableBitmap returns why a bitmap cannot be served.
 func usableBitmap(dev block.Device, name string) error {
-	im, ok := dev.(bitmapped)
+	im, ok := block.As[bitmapped](dev)
 	if !ok {
 		return fmt.Errorf("bitmap '%s' is not found: images of this format have none", name)
 	}

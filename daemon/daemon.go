@@ -54,6 +54,9 @@ type Export struct {
 	Allow func(nbd.Peer) bool
 	// Bitmaps are dirty bitmaps of the image that clients can read, each as the metadata context qemu:dirty-bitmap:NAME.
 	Bitmaps []string
+	// Adjust, if not nil, makes of the opened disk what is served, which may be writable where the image is open read-only.
+	// Closing that closes the disk.
+	Adjust func(ctx context.Context, disk block.Device) (block.Device, error)
 }
 
 // Config says what to serve where.
@@ -66,6 +69,8 @@ type Config struct {
 	Drain     time.Duration // 0 is DefaultDrain
 	// Control is the management API, which Serve serves and closes; nil: none.
 	Control *Control
+	// NoListeners permits neither addresses nor listeners: all connections come by Daemon.ServeConn.
+	NoListeners bool
 	// Template is what exports that are added by the control API have in common: the policy, the secrets, who may use them.
 	Template Export
 }
@@ -91,6 +96,27 @@ type openExport struct {
 	Export
 	dev  block.Device // the image
 	disk block.Device // what is served of it: the image, or one of its snapshots
+}
+
+// close flushes and closes the image; it is the last to know of a write that could not be kept.
+func (x *openExport) close() error {
+	if x.Adjust != nil && x.Snapshot == nil {
+		return x.disk.Close()
+	}
+	return x.dev.Close()
+}
+
+// readOnly reports whether clients may change nothing.
+func (x *openExport) readOnly() bool {
+	return x.disk.Info().ReadOnly || x.Open.ReadOnly && x.Adjust == nil
+}
+
+// marked is the disk whose bitmaps clients may ask for.
+func (x *openExport) marked() block.Device {
+	if x.Adjust != nil {
+		return x.dev
+	}
+	return x.disk
 }
 
 // Open opens all that the configuration names. After an error nothing stays open.
@@ -127,7 +153,7 @@ func Open(ctx context.Context, c Config) (d *Daemon, err error) {
 		}
 		d.listeners = append(d.listeners, l)
 	}
-	if len(d.listeners) == 0 {
+	if len(d.listeners) == 0 && !c.NoListeners {
 		return d, errors.New("no address to listen on")
 	}
 	return d, nil
@@ -158,17 +184,22 @@ func (d *Daemon) open(ctx context.Context, e Export) (*openExport, error) {
 			return nil, errors.Join(fmt.Errorf("loading snapshot of %q: %w", e.Image, err), dev.Close())
 		}
 	}
+	if e.Adjust != nil {
+		if x.disk, err = e.Adjust(ctx, x.disk); err != nil {
+			return nil, errors.Join(fmt.Errorf("%q: %w", e.Image, err), dev.Close())
+		}
+	}
 	return x, nil
 }
 
 // offer makes an open export available to clients.
 func (d *Daemon) offer(x *openExport) error {
-	contexts, err := bitmapContexts(x.Export, x.disk)
+	contexts, err := bitmapContexts(x.Export, x.marked())
 	if err != nil {
 		return err
 	}
 	return d.server.AddExport(nbd.Export{
-		Name: x.Name, Description: x.Description, Device: x.disk, ReadOnly: x.Open.ReadOnly, Allow: x.Allow, Contexts: contexts,
+		Name: x.Name, Description: x.Description, Device: x.disk, ReadOnly: x.readOnly(), Allow: x.Allow, Contexts: contexts,
 	})
 }
 
@@ -216,7 +247,7 @@ func (d *Daemon) Exports() []Status {
 		info := e.disk.Info()
 		list[i] = Status{
 			Name: e.Name, Image: e.Image, Format: info.Format, Size: e.disk.Size(),
-			ReadOnly: info.ReadOnly || e.Open.ReadOnly,
+			ReadOnly: e.readOnly(),
 		}
 	}
 	return list
@@ -271,6 +302,11 @@ func (d *Daemon) Serve(ctx context.Context) error {
 	return errors.Join(err, d.release())
 }
 
+// ServeConn serves one connection that came some other way than over a listener, as nbd.Server.ServeConn does.
+func (d *Daemon) ServeConn(ctx context.Context, nc net.Conn) error {
+	return d.server.ServeConn(ctx, nc)
+}
+
 // shutdown drains the server within the time allowed.
 func (d *Daemon) shutdown(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, d.drain)
@@ -298,8 +334,7 @@ func (d *Daemon) release() error {
 		}
 	}
 	for _, e := range d.all() {
-		// Close flushes; it is the last to know of a write that could not be kept.
-		if err := e.dev.Close(); err != nil {
+		if err := e.close(); err != nil {
 			errs = append(errs, fmt.Errorf("closing %q: %w", e.Image, err))
 		}
 	}

@@ -51,7 +51,7 @@ func (d *Daemon) disks() []*disk {
 			x.others = append(x.others, e.Image)
 		}
 		x.status = DiskStatus{
-			Name: e.Name, Image: e.Image, ReadOnly: e.Open.ReadOnly, Clients: len(clients[e]), IO: ioStats(d.server.ExportStats(e.Name)),
+			Name: e.Name, Image: e.Image, ReadOnly: e.readOnly(), Clients: len(clients[e]), IO: ioStats(d.server.ExportStats(e.Name)),
 		}
 		if e.Snapshot != nil {
 			x.status.Snapshot = e.Snapshot.String()
@@ -181,7 +181,7 @@ func (d *Daemon) addExport(ctx context.Context, r ExportRequest) error {
 		return d.refusedImage(e.Image, err)
 	}
 	if err := d.offer(x); err != nil {
-		return errors.Join(err, x.dev.Close())
+		return errors.Join(err, x.close())
 	}
 	d.mu.Lock()
 	d.exports = append(d.exports, x)
@@ -278,7 +278,7 @@ func (d *Daemon) removeExport(ctx context.Context, name string, force bool) erro
 	d.exports = slices.DeleteFunc(d.exports, func(x *openExport) bool { return x == e })
 	d.mu.Unlock()
 	d.server.Disconnect(func(c nbd.Conn) bool { return exportOf(all, c.Export) == e })
-	if cerr := e.dev.Close(); cerr != nil {
+	if cerr := e.close(); cerr != nil {
 		err = errors.Join(err, fmt.Errorf("closing %q: %w", e.Image, cerr))
 	}
 	return err

@@ -10,7 +10,6 @@ import (
 	"sync/atomic"
 
 	"github.com/droverproject/drover/internal/nbddev"
-	"github.com/droverproject/drover/nbd"
 )
 
 // kernelDevice is an NBD device of the kernel that this process has connected.
@@ -115,9 +114,14 @@ func (d *kernelDevice) release() error {
 	return d.control.Close()
 }
 
+// connServer serves connections that come some other way than over a listener.
+type connServer interface {
+	ServeConn(ctx context.Context, nc net.Conn) error
+}
+
 // ownClient connects the kernel to exports of a server in this process, without a way round over an address.
 type ownClient struct {
-	server *nbd.Server
+	server connServer
 	// come is called for each connection before the server knows of it.
 	come func()
 }

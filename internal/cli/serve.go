@@ -69,6 +69,7 @@ everything is written and flushed; a second signal ends it at once.`,
 	f.IntVar(&s.maxConnections, "max-connections", 100, "serve at most `N` clients at a time, 0 for any number")
 	f.DurationVar(&s.handshake, "handshake-timeout", 10*time.Second, "`time` that a client has to choose an export, 0 for ever")
 	f.BoolVar(&s.imageOpts, "image-opts", false, "images are given as options: driver=FMT,file.filename=NAME")
+	s.more.add(f)
 	s.objects.add(f)
 	s.manage.add(f, "", "")
 	s.security.add(f)
@@ -93,11 +94,14 @@ type server struct {
 	policy                   policyFlags
 	security                 securityFlags
 	manage                   manageFlags
+	more                     serveMore
 	*manager
 }
 
-func (s *server) run(cmd *cobra.Command, args []string) error {
-	var err error
+func (s *server) run(cmd *cobra.Command, args []string) (err error) {
+	if err := s.more.check(s, args); err != nil {
+		return err
+	}
 	if s.manager, err = s.manage.start(); err != nil {
 		return err
 	}
@@ -109,7 +113,11 @@ func (s *server) run(cmd *cobra.Command, args []string) error {
 	if config.Listeners, err = daemon.Activated(os.Getenv); err != nil {
 		return err
 	}
-	if len(config.Addresses)+len(config.Listeners) == 0 {
+	defer func() { err = errors.Join(err, s.more.cleanUp()) }()
+	if err := s.more.addresses(&config); err != nil {
+		return err
+	}
+	if len(config.Addresses)+len(config.Listeners) == 0 && !config.NoListeners {
 		config.Addresses = []daemon.Address{{TCP: defaultListen}}
 	}
 	if err := s.security.complete(&config); err != nil {
@@ -136,21 +144,40 @@ func (s *server) run(cmd *cobra.Command, args []string) error {
 	if err := s.confine(&s.security, d); err != nil {
 		return err
 	}
-	s.announce(d)
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	end, err := s.more.begin(ctx, d, stop)
+	if err != nil {
+		return errors.Join(err, d.Close())
+	}
+	if s.more.command == "" { // which may have something to say itself
+		s.announce(d)
+	}
 	defer s.onHangup()()
-	return s.serve(ctx, d, signals)
+	wait, err := s.more.runCommand(ctx, s.app, d, stop)
+	if err != nil {
+		return errors.Join(err, end(), d.Close())
+	}
+	return errors.Join(s.serve(ctx, d, signals, end), wait())
 }
 
-func (s *server) serve(ctx context.Context, d *daemon.Daemon, signals *signalWatch) error {
+// serve serves until the end of ctx, and calls end before clients are cut off.
+func (s *server) serve(ctx context.Context, d *daemon.Daemon, signals *signalWatch, end func() error) error {
 	done := make(chan error, 1)
-	go func() { done <- d.Serve(ctx) }()
+	serving, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	go func() { done <- d.Serve(serving) }()
 	s.notify(stateReady)
 	select {
 	case err := <-done:
-		return err
+		return errors.Join(err, end())
 	case <-ctx.Done():
 	}
 	s.notify(stateStopping)
+	if err := end(); err != nil {
+		s.log.Warn(err.Error())
+	}
+	stop()
 	select {
 	case err := <-done:
 		return err
@@ -161,7 +188,7 @@ func (s *server) serve(ctx context.Context, d *daemon.Daemon, signals *signalWat
 
 func (s *server) config(args []string) (daemon.Config, error) {
 	c := daemon.Config{NBD: nbd.Options{
-		MaxConnections: orForever(s.maxConnections), HandshakeTimeout: orForever(s.handshake), Observer: s.observer(),
+		MaxConnections: orForever(s.maxConnections), HandshakeTimeout: orForever(s.handshake), Observer: s.more.observe(s.observer()),
 	}}
 	if s.maxConnections < 0 || s.handshake < 0 {
 		return c, usagef("--max-connections and --handshake-timeout must not be negative")
@@ -204,6 +231,9 @@ func (s *server) config(args []string) (daemon.Config, error) {
 			}
 			e.Snapshot, e.Open.ReadOnly = &ref, true
 		}
+		if err := s.more.adjust(&e, true); err != nil {
+			return c, err
+		}
 		c.Exports = append(c.Exports, e)
 	} else if s.snapshot != "" {
 		return c, usagef("--load-snapshot needs an IMAGE")
@@ -215,6 +245,9 @@ func (s *server) config(args []string) (daemon.Config, error) {
 		}
 		e := daemon.Export{Name: name, Image: file, Open: open, HideSnapshots: s.hideSnapshots, Bitmaps: s.bitmaps}
 		if err := s.describe(&e, file, keys.known); err != nil {
+			return c, err
+		}
+		if err := s.more.adjust(&e, false); err != nil {
 			return c, err
 		}
 		c.Exports = append(c.Exports, e)
