@@ -50,3 +50,34 @@ func TestEveryCaseHasItsOwnName(t *testing.T) {
 		t.Error("an unknown contender must be an error")
 	}
 }
+
+func TestFloors(t *testing.T) {
+	cfg := config{contenders: []contender{{name: "a"}, {name: "b"}}}
+	measured := func(ops, cpu float64) []result {
+		return []result{{Case: "c", Samples: []sample{
+			{Contender: "a", OpsPerSecond: ops, CPUMicrosPerOp: cpu}, {Contender: "b", OpsPerSecond: 100, CPUMicrosPerOp: 10},
+		}}}
+	}
+	f := newFloors(cfg, measured(260, 5))
+	if f["c"] != (floor{Ops: 2, CPU: 0.65}) {
+		t.Errorf("floors %+v", f)
+	}
+	for _, c := range []struct {
+		ops, cpu float64
+		ok       bool
+	}{{260, 5, true}, {200, 6.5, true}, {190, 5, false}, {260, 7, false}} {
+		if err := f.broken(cfg, measured(c.ops, c.cpu)); (err == nil) != c.ok {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+}
+
+func TestPicture(t *testing.T) {
+	s := series{title: "<t>", axis: "x", values: []int64{1, 1024, 2 << 20}, label: bytesLabel}
+	picture := s.draw([]line{{"a", []float64{1000, 2000, 54321}, []float64{1, 2, 3}}, {"b", []float64{10, 20, 30}, []float64{9, 8, 0}}})
+	for _, want := range []string{"</svg>", ">1K<", ">2M<", ">50k<", "polyline"} {
+		if !strings.Contains(picture, want) {
+			t.Errorf("the picture lacks %q:\n%s", want, picture)
+		}
+	}
+}

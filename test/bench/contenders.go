@@ -79,11 +79,16 @@ const (
 )
 
 func start(ctx context.Context, cfg config, c contender) (*server, error) {
-	s := &server{socket: filepath.Join(cfg.dir, "socket"), ended: make(chan error, 1)}
+	socket := filepath.Join(cfg.dir, "socket")
+	return launch(ctx, socket, c.args(c.image(cfg.dir), socket))
+}
+
+// launch starts a server and waits until it takes connections at its socket.
+func launch(ctx context.Context, socket string, args []string) (*server, error) {
+	s := &server{socket: socket, ended: make(chan error, 1)}
 	if err := os.Remove(s.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
-	args := c.args(c.image(cfg.dir), s.socket)
 	s.cmd = exec.Command(args[0], args[1:]...)
 	s.cmd.Stdout, s.cmd.Stderr = &s.output, &s.output
 	if err := s.cmd.Start(); err != nil {
@@ -151,16 +156,19 @@ func (s *server) cpuTime() (time.Duration, error) {
 }
 
 // peakMemory returns the highest resident memory of the server so far, in MiB.
-func (s *server) peakMemory() (float64, error) {
+func (s *server) peakMemory() (float64, error) { return s.memory("VmHWM") }
+
+// memory returns one of the kernel's figures about the server's memory, in MiB.
+func (s *server) memory(field string) (float64, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
 	if err != nil {
 		return 0, err
 	}
 	for line := range strings.Lines(string(data)) {
 		var kib float64
-		if n, _ := fmt.Sscanf(line, "VmHWM: %f kB", &kib); n == 1 {
+		if n, _ := fmt.Sscanf(line, field+": %f kB", &kib); n == 1 {
 			return kib / 1024, nil
 		}
 	}
-	return 0, errors.New("/proc/PID/status has no VmHWM")
+	return 0, fmt.Errorf("/proc/PID/status has no %s", field)
 }

@@ -54,9 +54,17 @@ func run() error {
 		dir      = flag.String("dir", "", "folder for the images (default: a temporary one)")
 		markdown = flag.String("markdown", "", "write the report to this file as Markdown")
 		jsonFile = flag.String("json", "", "write every sample to this file as JSON")
+		floors   = flag.String("floors", "", "fail where a ratio is worse than this file says")
+		record   = flag.Bool("record-floors", false, "write that file anew, with some room for noise")
+		plots    = flag.String("plots", "", "measure how cost grows instead, and draw a picture of each series into this folder")
+		starts   = flag.Bool("starts", false, "measure instead how long a server takes to answer after its start, and what it takes idle")
 	)
 	flag.Parse()
-	selected, err := selectCases(*cases)
+	expr := *cases
+	if *plots != "" {
+		expr = "." // it chooses series
+	}
+	selected, err := selectCases(expr)
 	if err != nil {
 		return err
 	}
@@ -81,6 +89,12 @@ func run() error {
 		}
 		defer os.RemoveAll(cfg.dir)
 	}
+	switch {
+	case *plots != "":
+		return plotSeries(ctx, cfg, *drover, *cases, *plots)
+	case *starts:
+		return measureStarts(ctx, cfg, *drover)
+	}
 	results, err := measure(ctx, cfg)
 	if err != nil {
 		return err
@@ -97,9 +111,17 @@ func run() error {
 		if err != nil {
 			return err
 		}
-		return os.WriteFile(*jsonFile, append(data, '\n'), 0o644)
+		if err := os.WriteFile(*jsonFile, append(data, '\n'), 0o644); err != nil {
+			return err
+		}
 	}
-	return nil
+	switch {
+	case *floors == "":
+		return nil
+	case *record:
+		return recordFloors(*floors, cfg, results)
+	}
+	return checkFloors(*floors, cfg, results)
 }
 
 func selectCases(expr string) ([]workload, error) {

@@ -18,6 +18,7 @@ type workload struct {
 	Conns int
 	Disk  disk
 	Align string // of the offsets, where it is not the block's size
+	Size  int64  // of the part of the disk that is used, where it is not all of it
 	Fsync int    // writes between two flushes; 0 is none
 }
 
@@ -116,11 +117,18 @@ func runOnce(ctx context.Context, cfg config, c contender, w workload) (s sample
 	return s, err
 }
 
+func (w workload) size(cfg config) int64 {
+	if w.Size > 0 {
+		return w.Size
+	}
+	return w.Disk.size(cfg)
+}
+
 // load runs fio and returns how many operations it did in how many seconds.
 func load(ctx context.Context, cfg config, socket string, w workload) (ops int64, seconds float64, err error) {
 	args := []string{"--name=" + w.Name, "--ioengine=nbd", "--uri=nbd+unix:///?socket=" + socket, "--thread",
 		"--group_reporting", "--output-format=json", "--rw=" + w.RW, "--bs=" + w.Block, fmt.Sprintf("--iodepth=%d", w.Depth),
-		fmt.Sprintf("--numjobs=%d", w.Conns), fmt.Sprintf("--size=%d", w.Disk.size(cfg)), "--time_based",
+		fmt.Sprintf("--numjobs=%d", w.Conns), fmt.Sprintf("--size=%d", w.size(cfg)), "--time_based",
 		fmt.Sprintf("--runtime=%dms", int(cfg.seconds*1000)), "--norandommap", "--scramble_buffers=0", "--invalidate=0",
 		"--randrepeat=0"}
 	if w.Conns > 1 && w.Block == "1m" {
