@@ -62,7 +62,7 @@ func (p snapshots) exports() []*openExport {
 
 // snapshots returns the snapshots of an export's image.
 func (e *openExport) snapshots() (*qcow2.Image, []qcow2.Snapshot) {
-	im, ok := e.dev.(*qcow2.Image)
+	im, ok := block.As[*qcow2.Image](e.dev)
 	if !ok {
 		return nil, nil
 	}

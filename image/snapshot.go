@@ -72,7 +72,7 @@ func (r SnapshotRef) find(list []qcow2.Snapshot) (string, bool) {
 // OpenSnapshot opens a snapshot of dev as a device of its own, which may be used beside dev and must be closed before it.
 // The error wraps qcow2.ErrNoSnapshot if there is none, ErrNoSnapshots if there cannot be any.
 func OpenSnapshot(ctx context.Context, dev block.Device, ref SnapshotRef) (block.Device, error) {
-	im, ok := dev.(*qcow2.Image)
+	im, ok := block.As[*qcow2.Image](dev)
 	if !ok {
 		return nil, ErrNoSnapshots
 	}

@@ -298,9 +298,6 @@ func (n *qemuNBD) openImage(ctx context.Context) (block.Device, error) {
 }
 
 func (n *qemuNBD) openSnapshot(ctx context.Context, dev block.Device) (block.Device, error) {
-	if im, ok := block.As[*qcow2.Image](dev); ok {
-		dev = im
-	}
 	view, err := image.OpenSnapshot(ctx, dev, *n.snapshot)
 	switch {
 	case errors.Is(err, image.ErrNoSnapshots):
