@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/block/filter"
 	"github.com/droverproject/drover/internal/cli/getopt"
 	"github.com/droverproject/drover/internal/cli/qemuio"
 	"github.com/droverproject/drover/qcow2"
@@ -293,7 +294,7 @@ func (p *ioOpener) openMode(ctx context.Context, src *source, o qemuio.Opening) 
 
 // image makes a disk what the commands work on.
 func (p *ioOpener) image(o qemuio.Opening, src *source, dev block.Device) *qemuio.Image {
-	im := &qemuio.Image{Opened: o, Device: block.WithMode(dev, ioMode(o))}
+	im := &qemuio.Image{Opened: o, Device: used(dev, o)}
 	if p.breaker != nil {
 		im.Break = p.breaker
 	}
@@ -301,14 +302,14 @@ func (p *ioOpener) image(o qemuio.Opening, src *source, dev block.Device) *qemui
 		return describeDisk(ctx, &app{name: p.name, out: w, err: p.err}, dev)
 	}
 	if disk, ok := block.As[*qcow2.Image](dev); ok {
-		im.Compressed = compressed(im.Device, disk)
+		im.Compressed = compressed(block.WithMode(dev, ioMode(o)), disk)
 		im.ReadState, im.WriteState = disk.ReadVMState, disk.WriteVMState
 		im.Truncate = func(ctx context.Context, size int64, mode string) error { return truncateImage(ctx, disk, size, mode) }
 	} else if _, ok := block.As[*block.Raw](dev); ok {
 		im.Truncate = func(ctx context.Context, size int64, mode string) error {
 			changed, err := p.truncateRaw(ctx, o, src, im.Device, size, mode)
 			if changed != nil {
-				dev, im.Device = changed, block.WithMode(changed, ioMode(o))
+				dev, im.Device = changed, used(changed, o)
 			}
 			return err
 		}
@@ -329,6 +330,14 @@ func compressed(dev block.Device, disk *qcow2.Image) func(context.Context, []byt
 		}
 		return err
 	}
+}
+
+// used is a disk in the way in which it is used.
+func used(dev block.Device, o qemuio.Opening) block.Device {
+	if o.CopyOnRead {
+		dev = filter.CopyOnRead(dev)
+	}
+	return block.WithMode(dev, ioMode(o))
 }
 
 // ioMode is how the disk is used.
