@@ -129,7 +129,7 @@ func (f *null) Size() (int64, error) { return f.size, nil }
 
 // Truncate implements storage.File.
 func (f *null) Truncate(size int64) error {
-	if size == f.size {
+	if size <= f.size {
 		return nil
 	}
 	return storage.ErrNotSupported
@@ -162,7 +162,7 @@ func (f *null) NextStatus(off int64) (end int64, data, zero bool, err error) {
 func (f *null) Lock(storage.LockMode) error { return nil }
 
 // Stat implements storage.File.
-func (f *null) Stat() storage.Info { return storage.Info{Name: f.name, ReadOnly: f.readOnly, Align: 1} }
+func (f *null) Stat() storage.Info { return storage.Info{Name: f.name, ReadOnly: f.readOnly, Device: true, Align: 1} }
 
 // Close implements storage.File.
 func (f *null) Close() error { return nil }

@@ -475,6 +475,9 @@ func (c *conversion) syncNames() error {
 // syncFolder makes the name of a new file durable.
 func syncFolder(name string) error {
 	path, err := block.PlainName(name)
+	if errors.Is(err, block.ErrProtocol) {
+		return nil // it has no name in a folder
+	}
 	if err != nil {
 		return err
 	}

@@ -182,7 +182,10 @@ func (c *creator) arguments(args []string) error {
 
 // checkName refuses names that are not those of files.
 func (c *creator) checkName() error {
-	if _, err := block.PlainName(c.file); errors.Is(err, block.ErrProtocol) {
+	if _, err := block.PlainName(c.file); !errors.Is(err, block.ErrProtocol) {
+		return nil
+	}
+	if _, err := block.ParseFileName(c.file); err != nil {
 		return errors.New(reason(c.file, err))
 	}
 	return nil
@@ -310,13 +313,26 @@ func (c *creator) backingSize(ctx context.Context) (int64, error) {
 	if !hasProtocol(name) {
 		name = block.ResolveName(c.file, name)
 	}
-	dev, err := block.Open(ctx, name, block.OpenOptions{
+	o := block.OpenOptions{
 		Format: c.backingFormat, AllowProbe: true, ReadOnly: true, ForceShare: true, NoBacking: true, NoData: true,
-	})
+	}
+	dev, err := openNamed(ctx, name, o)
 	if err != nil {
 		return 0, errorf("%s\n%s", openReason(name, err), hint)
 	}
 	return dev.Size(), dev.Close()
+}
+
+// openNamed opens what a user's name stands for.
+func openNamed(ctx context.Context, name string, o block.OpenOptions) (block.Device, error) {
+	if _, err := block.PlainName(name); errors.Is(err, block.ErrProtocol) {
+		node, err := block.ParseName(name, o.Format)
+		if err != nil {
+			return nil, err
+		}
+		o.Node, o.Format = node, ""
+	}
+	return block.Open(ctx, name, o)
 }
 
 // noBackingFormat refuses a backing file of unsaid format, and helps with it where looking is allowed.
@@ -435,12 +451,32 @@ func fillRaw(file storage.File, size int64, mode string) error {
 
 func createFile(name string) (storage.File, error) {
 	path, err := block.PlainName(name)
+	if errors.Is(err, block.ErrProtocol) {
+		return openInPlace(name)
+	}
 	if err != nil {
 		return nil, err
 	}
 	file, err := storage.CreateFile(path, storage.OpenOptions{})
 	if err != nil {
 		return nil, err
+	}
+	return file, nil
+}
+
+// openInPlace opens what cannot be created, for an image that begins with nothing of what is there.
+func openInPlace(name string) (storage.File, error) {
+	node, err := block.ParseFileName(name)
+	if err != nil {
+		return nil, err
+	}
+	file, err := block.OpenFile(name, block.OpenOptions{Node: node})
+	if err != nil {
+		return nil, errorf("Protocol driver '%s' does not support image creation, and opening the image failed: %s",
+			node["driver"], openReason(name, err))
+	}
+	if err := storage.Zero(file, 0, storage.SectorSize, false); err != nil {
+		return nil, errors.Join(err, file.Close())
 	}
 	return file, nil
 }

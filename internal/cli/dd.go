@@ -152,7 +152,7 @@ func (d *dd) create(ctx context.Context, known []createOption, size int64) (bloc
 	if err != nil {
 		return nil, errorf("%s: error while creating output image: %s", d.out, createReason(d.out, err))
 	}
-	dev, err := block.Open(ctx, d.out, block.OpenOptions{Format: d.format, Policy: d.src.policy.policy()})
+	dev, err := openNamed(ctx, d.out, block.OpenOptions{Format: d.format, Policy: d.src.policy.policy()})
 	if err != nil {
 		return nil, openError(d.out, err)
 	}

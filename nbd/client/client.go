@@ -365,12 +365,21 @@ func (cl *Client) Sync() error {
 // Size implements storage.File.
 func (cl *Client) Size() (int64, error) { return cl.size(), nil }
 
-// Truncate implements storage.File: an export stays as long as it is.
+// growError is the refusal of an export to become longer.
+type growError struct{}
+
+// Error says what QEMU says.
+func (growError) Error() string { return "Cannot grow NBD nodes" }
+
+// Unwrap returns the kind of error.
+func (growError) Unwrap() error { return storage.ErrNotSupported }
+
+// Truncate implements storage.File: like a device, an export stays as long as it is, and holds what is shorter.
 func (cl *Client) Truncate(size int64) error {
-	if size == cl.size() {
+	if size <= cl.size() {
 		return nil
 	}
-	return fmt.Errorf("%s: Cannot resize NBD nodes: %w", cl.name, storage.ErrNotSupported)
+	return growError{}
 }
 
 // PunchHole implements storage.File.
@@ -496,7 +505,7 @@ func (cl *Client) Lock(storage.LockMode) error { return nil }
 
 // Stat implements storage.File.
 func (cl *Client) Stat() storage.Info {
-	return storage.Info{Name: cl.name, ReadOnly: cl.o.ReadOnly, Align: int(cl.align), Allocated: -1}
+	return storage.Info{Name: cl.name, ReadOnly: cl.o.ReadOnly, Device: true, Align: int(cl.align), Allocated: -1}
 }
 
 // Close implements storage.File.

@@ -409,7 +409,8 @@ func (h *handshake) transmission(ctx context.Context, o *Options) (*conn, *Expor
 		err = c.start()
 	}
 	if err != nil {
-		return nil, nil, errors.Join(err, h.nc.Close())
+		_ = h.abort() // why it did not come to anything is known
+		return nil, nil, err
 	}
 	return c, e, nil
 }

@@ -64,7 +64,7 @@ func nodeName(o block.Options) (string, bool) {
 	default:
 		return "", false
 	}
-	return t.URI(), o["x-dirty-bitmap"] == "" && o["tls-creds"] == ""
+	return t.URI(), true
 }
 
 func openNode(ctx context.Context, n *block.Node) (storage.File, error) {

@@ -67,7 +67,8 @@ func (d *Dialing) greet(ctx context.Context) (*handshake, error) {
 	defer stop()
 	h := &handshake{nc: nc, r: bufio.NewReaderSize(nc, readBuffer)}
 	if err := h.begin(d); err != nil {
-		return nil, errors.Join(err, h.nc.Close())
+		_ = h.abort() // why it did not come to anything is known
+		return nil, err
 	}
 	return h, nil
 }
