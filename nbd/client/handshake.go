@@ -54,6 +54,8 @@ type handshake struct {
 	noZeroes   bool
 }
 
+func newReader(nc net.Conn) *bufio.Reader { return bufio.NewReaderSize(nc, readBuffer) }
+
 // greet connects and gets as far as the options.
 func (d *Dialing) greet(ctx context.Context) (*handshake, error) {
 	nc, err := d.Address.dial(ctx)
@@ -65,7 +67,7 @@ func (d *Dialing) greet(ctx context.Context) (*handshake, error) {
 	}
 	stop := context.AfterFunc(ctx, func() { _ = nc.SetDeadline(time.Unix(1, 0)) })
 	defer stop()
-	h := &handshake{nc: nc, r: bufio.NewReaderSize(nc, readBuffer)}
+	h := &handshake{nc: nc, r: newReader(nc)}
 	if err := h.begin(d); err != nil {
 		_ = h.abort() // why it did not come to anything is known
 		return nil, err
@@ -265,7 +267,7 @@ func (h *handshake) startTLS(d *Dialing) error {
 		return fmt.Errorf("TLS handshake failed: %w", err)
 	}
 	h.nc, h.encrypted = tc, true
-	h.r = bufio.NewReaderSize(tc, readBuffer)
+	h.r = newReader(tc)
 	return nil
 }
 
