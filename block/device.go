@@ -115,6 +115,8 @@ type Info struct {
 	FastZero bool
 	// Volatile: written data needs a Flush to be durable (false for devices that keep nothing back).
 	Volatile bool
+	// Survives: what was acknowledged survives the end of this process, though not a power cut.
+	Survives bool
 }
 
 // Extent is a run of a device whose bytes are in one state.

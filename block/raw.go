@@ -125,7 +125,7 @@ func NewRaw(file storage.File, o RawOptions) (*Raw, error) {
 	r.info = Info{
 		Format: r.o.Format, Name: r.o.Name, ReadOnly: r.o.ReadOnly,
 		MinAlign: minAlign, PreferAlign: max(minAlign, 4096), DiscardAlign: rawDiscardAlign,
-		Volatile: !r.o.ReadOnly,
+		Volatile: !r.o.ReadOnly, Survives: !r.o.ReadOnly,
 	}
 	if r.o.ReadOnly {
 		r.info.DiscardAlign = 0

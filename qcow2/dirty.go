@@ -12,7 +12,7 @@ import (
 
 // lazy reports whether refcounts may be written late.
 func (im *Image) lazy() bool {
-	if im.hdr.Version < format.Version3 {
+	if im.hdr.Version < format.Version3 || im.opts.Journal != nil {
 		return false
 	}
 	return im.opts.LazyRefcounts.or(im.hdr.Compat&format.CompatLazyRefcounts != 0)

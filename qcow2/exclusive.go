@@ -78,6 +78,7 @@ func (im *Image) reload() error {
 	im.size.Store(hdr.DiskSize())
 	im.incompat = hdr.Incompat
 	im.noteInfo()
+	im.journalReloaded()
 	return im.bitmapsReloaded()
 }
 

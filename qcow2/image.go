@@ -66,6 +66,8 @@ type Options struct {
 	LazyRefcounts Switch
 	// OnRepair, if not nil, is told of the repair of an image that was not closed cleanly.
 	OnRepair func(*RepairReport)
+	// Journal, if not nil, has what was acknowledged survive this process, however it ends. Refcounts are then not postponed.
+	Journal *Journal
 }
 
 // Switch is an option that has a default.
@@ -123,7 +125,9 @@ type Image struct {
 	zeroedAt atomic.Uint64 // the epoch in which entries last became zero, see mayReuseZeroed
 
 	stopSweeps chan struct{} // closed to end the goroutine that sweeps the cache, nil when there is none
-	swept      sync.WaitGroup
+	// stopFlushes is closed to end the goroutine that flushes before the journal is full, nil when there is none.
+	stopFlushes chan struct{}
+	swept       sync.WaitGroup
 
 	life sync.RWMutex // held for reading by flushes, for writing by the end of Close
 }
@@ -201,6 +205,16 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	restored, err := recoverJournal(ctx, file, hdr, o)
+	if err != nil {
+		return nil, err
+	}
+	if restored { // which may have moved the refcount table
+		if hdr, err = readHeader(file); err != nil {
+			return nil, err
+		}
+		im = newImage(file, hdr, o)
+	}
 	if !o.ReadOnly && hdr.Incompat&format.IncompatDirty != 0 {
 		if im, err = reopenRepaired(ctx, file, o); err != nil {
 			return nil, err
@@ -213,16 +227,17 @@ func Open(ctx context.Context, file storage.File, o Options) (*Image, error) {
 	if err := im.openMeta(o); err != nil {
 		return nil, err
 	}
-	if !im.readOnly {
-		if err := im.clearUnknownAutoclear(); err != nil {
-			return nil, err
-		}
-	}
 	if err := im.loadBitmaps(); err != nil {
 		return nil, err
 	}
+	if !im.readOnly {
+		if err := im.startJournal(); err != nil {
+			return nil, err
+		}
+	}
 	im.noteInfo()
 	im.startSweeps(o.CacheCleanInterval)
+	im.flushWhenAsked()
 	im.startSaves(o.BitmapSaveInterval)
 	return im, nil
 }
@@ -389,23 +404,6 @@ func readSnapshots(f storage.File, h *format.Header) ([]format.Snapshot, int64, 
 	}
 }
 
-// clearUnknownAutoclear clears the autoclear bits of features this package does not maintain, before the first write
-// makes them untrue. One aligned field: a power cut leaves it old or new.
-func (im *Image) clearUnknownAutoclear() error {
-	if im.hdr.Version < format.Version3 || im.hdr.Autoclear&^format.AutoclearKnown == 0 {
-		return nil
-	}
-	im.hdr.Autoclear &= format.AutoclearKnown
-	b := format.EncodeUint64(im.hdr.Autoclear)
-	if err := storage.WriteFull(im.file, b[:], format.OffAutoclear); err != nil {
-		return fmt.Errorf("clearing autoclear features in the header: %w", err)
-	}
-	if err := im.file.Sync(); err != nil {
-		return fmt.Errorf("syncing image file: %w", err)
-	}
-	return nil
-}
-
 // Size returns the length of the disk in bytes.
 func (im *Image) Size() int64 { return im.size.Load() }
 
@@ -440,7 +438,7 @@ func (im *Image) noteInfo() {
 	im.info.Store(&block.Info{
 		Format: "qcow2", Name: im.name, ReadOnly: im.readOnly,
 		MinAlign: unit, PreferAlign: max(4096, min(cs, 64<<10)), DiscardAlign: int(im.lay.SubclusterSize()),
-		FastZero: im.lay.Version >= format.Version3, Volatile: true,
+		FastZero: im.lay.Version >= format.Version3, Volatile: true, Survives: im.opts.Journal != nil && !im.readOnly,
 	})
 }
 
@@ -503,6 +501,9 @@ func (im *Image) Close() error {
 	if im.stopSweeps != nil {
 		close(im.stopSweeps)
 	}
+	if im.stopFlushes != nil {
+		close(im.stopFlushes)
+	}
 	im.bm.stopSaves()
 	im.swept.Wait()
 	defer im.meta.Map.Forget()
@@ -516,10 +517,11 @@ func (im *Image) Close() error {
 	}
 	if err == nil {
 		im.meta.CutEnd()
+		err = im.closeJournal()
 	}
 	im.life.Lock()
 	defer im.life.Unlock()
-	errs := []error{err, bitmapErr, im.file.Close()}
+	errs := []error{err, bitmapErr, im.leaveJournal(err == nil), im.file.Close()}
 	if im.data != im.file {
 		errs = append(errs, im.data.Close())
 	}

@@ -65,6 +65,8 @@ func (im *Image) changeChecked(ctx context.Context, check, fn func() error) erro
 			err = im.meta.MarkDirty()
 		case errors.Is(err, errNotArmed):
 			err = im.armBitmaps(ctx)
+		case err == nil:
+			return im.keep(ctx)
 		default:
 			return im.judge(err)
 		}
@@ -122,14 +124,16 @@ func (im *Image) tryWrite(p []byte, off int64, mayAllocate bool) error {
 	if err != nil {
 		return wouldBlock(err)
 	}
-	if !im.bm.ready() {
+	if !im.bm.ready() || im.outstanding() {
 		return block.ErrWouldBlock
 	}
 	if n := int64(len(p)); im.inPlacePrefix(run, in, int64(im.runBytes(run, in, len(p)))) == n {
 		im.mark(span{off, n})
 		err = im.overwrite(p, off, int64(run.Entry.HostOffset())+in)
 	} else if mayAllocate {
-		err = im.tryAllocate(p, off)
+		if err = im.tryAllocate(p, off); err == nil && im.outstanding() {
+			return block.ErrWouldBlock // the full request does it again, and makes sure that it survives
+		}
 	} else {
 		return block.ErrWouldBlock
 	}

@@ -151,6 +151,7 @@ type Disk struct {
 	Image   *storage.MemFile
 	Backing block.Device // nil when there is none; reads as version 1
 	Data    storage.File // the external data file, nil when there is none
+	Journal *qcow2.Journal
 	data    *storage.MemFile
 	Sectors int64
 	Cluster int64 // sectors of a cluster
@@ -288,7 +289,7 @@ func (d *Disk) Initial(sector int64) Version {
 // Open opens the disk in a file that stays open when the image is closed.
 func (d *Disk) Open(f storage.File, readOnly bool) (*qcow2.Image, error) {
 	o := qcow2.Options{ReadOnly: readOnly, CacheSize: 1, ClusterCacheSize: 1, CacheCleanInterval: -1, BitmapSaveInterval: -1,
-		Backing: d.Backing, DiscardNoUnref: d.NoUnref}
+		Backing: d.Backing, DiscardNoUnref: d.NoUnref, Journal: d.Journal}
 	if d.Data != nil {
 		o.DataFile = KeepOpen{d.Data}
 	}

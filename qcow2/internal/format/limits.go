@@ -74,6 +74,10 @@ const (
 
 	// AutoclearKnown is every autoclear feature this codec understands.
 	AutoclearKnown = AutoclearBitmaps | AutoclearRawData
+
+	// AutoclearJournalShift: the upper half of the autoclear features is reserved by the format, and so cleared by every
+	// other writer. While an image is used with a journal, it is a number that is in the journal, too.
+	AutoclearJournalShift = 32
 )
 
 // Encryption methods (crypt_method).

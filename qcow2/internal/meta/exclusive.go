@@ -53,6 +53,12 @@ func (s *Store) onSettled(ctx context.Context, fn func() error) error {
 	}
 	s.alone = true
 	defer func() { s.alone = false }()
+	if s.journal != nil {
+		s.journal.Hold()
+		// While the disk says that counts may be wrong, the next opening makes them anew by what it finds there, and would
+		// take the clusters that only records name for unused.
+		defer func() { s.journal.Resume(!s.mark.on.Load()) }()
+	}
 	return fn()
 }
 
@@ -82,6 +88,13 @@ func (s *Store) Pause(fn func() error) error {
 	return fn()
 }
 
+// Gated runs fn while no flush and no Exclusive runs; requests may.
+func (s *Store) Gated(fn func() error) error {
+	s.gate.Lock()
+	defer s.gate.Unlock()
+	return fn()
+}
+
 // SettleGated makes every change of the refcounts durable, including the counts of what was retired. It is for Exclusive.
 func (s *Store) SettleGated() error {
 	s.settling = true
@@ -92,6 +105,9 @@ func (s *Store) SettleGated() error {
 		if err := s.flushGated(); err != nil {
 			return err
 		}
+	}
+	if s.journal != nil {
+		s.journal.Reset()
 	}
 	return nil
 }

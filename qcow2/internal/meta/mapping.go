@@ -8,6 +8,7 @@ import (
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/qcow2/internal/journal"
 	"github.com/droverproject/drover/storage"
 )
 
@@ -40,6 +41,8 @@ type Mapping struct {
 	rc     *Refcounts // nil when the image is read-only
 	// wrote notes a write that the next flush must make durable.
 	wrote func(off, n int64)
+	// journal is told of every change of an entry before it is made; nil when there is none.
+	journal *journal.Journal
 	// guard refuses clusters that hold other structures than those in but; claim notes a new one. findTables completes what
 	// guard knows before the first change.
 	guard      func(r ClusterRun, but Structure) error
@@ -442,6 +445,7 @@ type Edit struct {
 	m     *Mapping
 	s     *slice
 	words []atomic.Uint64
+	c     GuestCluster
 	first int64
 	// N is how many clusters from the first on the edit reaches.
 	N int64
@@ -476,7 +480,7 @@ func (m *Mapping) Prepare(c GuestCluster) (Edit, error) {
 				return Edit{}, err
 			}
 		}
-		if e, ok := m.edit(s, idx%m.perSlice); ok {
+		if e, ok := m.edit(s, c, idx%m.perSlice); ok {
 			return e, nil
 		}
 	}
@@ -505,11 +509,11 @@ func (m *Mapping) TryPrepare(c GuestCluster) (Edit, bool) {
 	if s == nil {
 		return Edit{}, false
 	}
-	return m.edit(s, idx%m.perSlice)
+	return m.edit(s, c, idx%m.perSlice)
 }
 
 // edit pins a slice, which is unpacked for that, unless it has been evicted.
-func (m *Mapping) edit(s *slice, first int64) (Edit, bool) {
+func (m *Mapping) edit(s *slice, c GuestCluster, first int64) (Edit, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.dead {
@@ -523,7 +527,7 @@ func (m *Mapping) edit(s *slice, first int64) (Edit, bool) {
 		s.size = m.sliceSize
 	}
 	s.pins++
-	return Edit{m, s, *words, first, m.perSlice - first}, true
+	return Edit{m, s, *words, c, first, m.perSlice - first}, true
 }
 
 // ownTable returns the L2 table of L1 entry l1, created or copied so that it may be changed in place.
@@ -648,25 +652,37 @@ func (e Edit) Put(i, n int64, f func(k int64, old Entry) Entry) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	changed := false
+	var recorded run
 	for k := range n {
 		old := e.Entry(i + k)
 		entry := f(k, old)
 		if entry == old {
 			continue
 		}
-		at := (e.first + i + k) * e.m.stride
-		e.words[at].Store(uint64(entry.Word))
-		if e.m.stride == 2 {
-			e.words[at+1].Store(uint64(entry.Bitmap))
-		}
 		changed = true
-		switch e.m.lay.Type(entry.Word) {
-		case format.KindNormal, format.KindCompressed:
-			s.fresh = true
+		if e.m.journal == nil {
+			e.store(i+k, entry)
+		} else if !recorded.extend(e, i+k, entry) {
+			recorded.store(e)
+			recorded = newRun(i+k, entry)
 		}
 	}
+	recorded.store(e)
 	if changed {
 		e.m.markDirty(s)
+	}
+}
+
+// store changes the entry of the edit's i-th cluster; the slice's mu is held.
+func (e Edit) store(i int64, entry Entry) {
+	at := (e.first + i) * e.m.stride
+	e.words[at].Store(uint64(entry.Word))
+	if e.m.stride == 2 {
+		e.words[at+1].Store(uint64(entry.Bitmap))
+	}
+	switch e.m.lay.Type(entry.Word) {
+	case format.KindNormal, format.KindCompressed:
+		e.s.fresh = true
 	}
 }
 

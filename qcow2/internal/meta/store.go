@@ -39,6 +39,7 @@ import (
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/format"
+	"github.com/droverproject/drover/qcow2/internal/journal"
 	"github.com/droverproject/drover/storage"
 )
 
@@ -49,6 +50,9 @@ type Store struct {
 	Refs   *Refcounts // nil when the image is read-only
 	Ranges Ranges
 	Epochs *Epochs
+
+	// journal has what changed since the last flush outlive the process; nil when there is none.
+	journal *journal.Journal
 
 	file storage.File
 	// places knows what must not be written over; nil when the image is read-only.
@@ -261,8 +265,10 @@ func (s *Store) flushGated() error {
 	err := s.write(g)
 	if err != nil {
 		s.thaw(g)
+		s.notKept()
 		return err
 	}
+	s.kept() // before anything is freed: no record names what is handed out again
 	s.finish(g)
 	return s.reclaimMarked()
 }
@@ -338,7 +344,7 @@ func (s *Store) freeze() *generation {
 	if s.data != nil {
 		g.data = s.data.log.cut()
 	}
-	g.retired = s.Refs.takeRetired()
+	s.cutJournal(func() { g.retired = s.Refs.takeRetired() })
 	s.Map.freezeL1(g)
 	s.Map.freezeSlices(g)
 	if !s.postpone() {
