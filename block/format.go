@@ -42,6 +42,14 @@ type FormatOptions struct {
 	OpenBacking func(ctx context.Context, name, format string) (Device, error)
 	// OpenDataFile opens the external data file that the image names ("" when it names none).
 	OpenDataFile func(ctx context.Context, name string) (storage.File, error)
+	// Keep: what the device acknowledges must survive this process.
+	Keep bool
+	// OpenJournal returns memory that outlives this process, for this image with that external data file (nil: none). It is
+	// an error that is os.ErrNotExist where there is none and none is to be made, and nil where nobody opens files by names.
+	// The device owns the memory when it owns the file.
+	OpenJournal func(data storage.File) (storage.SharedMemory, string, error)
+	// OnJournal is told what became of a journal. It is never nil.
+	OnJournal func(JournalReport)
 }
 
 var formats struct {

@@ -2,6 +2,8 @@ package block
 
 import (
 	"fmt"
+	"os"
+	"strings"
 
 	"github.com/droverproject/drover/storage"
 	"golang.org/x/sys/unix"
@@ -34,3 +36,17 @@ func identify(file storage.File) (fileID, error) {
 }
 
 func (id fileID) same(other fileID) bool { return id.known && id == other }
+
+// name returns a file name that no other image has.
+func (id fileID) name() (string, error) {
+	if !id.known {
+		return "", errNoIdentity
+	}
+	return fmt.Sprintf("%x-%x", id.dev, id.ino), nil
+}
+
+// bootID returns what is another at every start of the host.
+func bootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b)), err
+}

@@ -24,3 +24,7 @@ func identify(file storage.File) (fileID, error) {
 func (id fileID) same(other fileID) bool {
 	return id.info != nil && other.info != nil && os.SameFile(id.info, other.info)
 }
+
+func (id fileID) name() (string, error) { return "", errNoIdentity }
+
+func bootID() (string, error) { return "", storage.ErrNotSupported }

@@ -69,6 +69,8 @@ type OpenOptions struct {
 	OnCorrupt func(name string, err error)
 	// OnRepair, if not nil, is told of an image that was not closed cleanly and was repaired when it was opened for writing.
 	OnRepair func(name string, r Repair)
+	// Keep, if not nil, has what is acknowledged survive this process, however it ends.
+	Keep *Keep
 }
 
 // Backing names a backing file at the user's word, which no policy judges.
@@ -303,6 +305,7 @@ func (l *layer) openFormat(ctx context.Context, file storage.File, format string
 	if tell := l.o.OnRepair; tell != nil {
 		fo.OnRepair = func(r Repair) { tell(l.path, r) }
 	}
+	l.keep(&fo, file)
 	if format == FormatRaw && probed && !u.readOnly {
 		return openProbedRaw(file, fo)
 	}

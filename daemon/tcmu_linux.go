@@ -32,6 +32,10 @@ type TCMUConfig struct {
 	AnswerOthers bool
 	// WriteBack is faster, and loses acknowledged writes if this process is killed: see tcmu.Options.
 	WriteBack bool
+	// JournalDir is where journals lie that have what is acknowledged survive this process; empty: block.DefaultJournalDir.
+	// NoJournal has every change of metadata flushed instead.
+	JournalDir string
+	NoJournal  bool
 	// Bus is where the D-Bus service is offered; nil: nowhere.
 	Bus *TCMUBus
 	// Control is the management API, which ServeTCMU serves and closes; nil: none.
@@ -156,6 +160,7 @@ func (h *tcmuHandler) open(ctx context.Context, d diskConfig) (block.Device, err
 		OnCorrupt: func(name string, err error) {
 			h.c.Log.Error("image marked corrupt, only read from now on", "image", name, "error", err)
 		},
+		Keep: h.keep(),
 	})
 	if err != nil || d.snapshot == "" {
 		return dev, err
@@ -169,6 +174,27 @@ func (h *tcmuHandler) open(ctx context.Context, d diskConfig) (block.Device, err
 		return nil, errors.Join(fmt.Errorf("loading snapshot of %q: %w", d.path, err), dev.Close())
 	}
 	return &snapshotDisk{Device: disk, image: dev}, nil
+}
+
+// keep has what is acknowledged survive this process: initiators do not notice its end, and send nothing again.
+func (h *tcmuHandler) keep() *block.Keep {
+	if h.c.WriteBack {
+		return nil
+	}
+	return &block.Keep{Dir: h.c.JournalDir, NoJournal: h.c.NoJournal, OnJournal: func(name string, r block.JournalReport) {
+		switch {
+		case r.None != nil:
+			h.c.Log.Warn("no journal: every change of the mapping is flushed before it is acknowledged, which is slower",
+				"image", name, "reason", r.None)
+		case r.Lost != nil && r.Changes > 0:
+			h.c.Log.Error("acknowledged writes that were not flushed are lost", "image", name, "changes", r.Changes, "reason", r.Lost)
+		case r.Lost != nil:
+			h.c.Log.Warn("journal", "image", name, "reason", r.Lost)
+		default:
+			h.c.Log.Info("brought back what the last server had acknowledged and not flushed", "image", name,
+				"changes", r.Changes, "clusters", r.Clusters)
+		}
+	}}
 }
 
 // snapshotDisk is a snapshot with the image that it lies in.

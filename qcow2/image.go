@@ -171,6 +171,10 @@ func openFormat(ctx context.Context, file storage.File, o block.FormatOptions) (
 		closeAll(opts)
 		return nil, fmt.Errorf("opening the backing file of %s: %w", o.Name, err)
 	}
+	if err := opts.keepWhatSurvives(o, hdr); err != nil {
+		closeAll(opts)
+		return nil, err
+	}
 	im, err := Open(ctx, file, opts)
 	if err != nil {
 		closeAll(opts)
@@ -180,6 +184,9 @@ func openFormat(ctx context.Context, file storage.File, o block.FormatOptions) (
 }
 
 func closeAll(o Options) {
+	if o.Journal != nil && o.Journal.Memory != nil {
+		_ = o.Journal.Memory.Close(false)
+	}
 	if o.DataFile != nil {
 		_ = o.DataFile.Close()
 	}
@@ -438,7 +445,7 @@ func (im *Image) noteInfo() {
 	im.info.Store(&block.Info{
 		Format: "qcow2", Name: im.name, ReadOnly: im.readOnly,
 		MinAlign: unit, PreferAlign: max(4096, min(cs, 64<<10)), DiscardAlign: int(im.lay.SubclusterSize()),
-		FastZero: im.lay.Version >= format.Version3, Volatile: true, Survives: im.opts.Journal != nil && !im.readOnly,
+		FastZero: im.lay.Version >= format.Version3, Volatile: true, Survives: im.meta.Journal() != nil,
 	})
 }
 

@@ -7,14 +7,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 
+	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2/internal/format"
 	"github.com/droverproject/drover/qcow2/internal/journal"
 	"github.com/droverproject/drover/storage"
 )
-
-// JournalSize is a good length for the memory of a Journal: it holds 2*16384 changes.
-const JournalSize = 1536<<10 + 4096
 
 // Journal has everything that an image has acknowledged survive the end of this process, whatever ends it: what changed in
 // the mapping since the last flush is noted in memory that outlives the process, and the next opening with the same journal
@@ -31,20 +30,21 @@ type Journal struct {
 	Identity string
 	// OnRecover, if not nil, is told what an earlier process left.
 	OnRecover func(JournalReport)
+	// Once: what an earlier process left is brought back, and no journal is used from then on.
+	Once bool
 }
 
 // JournalReport says what became of what a journal held when an image was opened.
-type JournalReport struct {
-	Changes  int   // that the journal held
-	Clusters int64 // guest clusters whose mapping was brought back
-	// Lost is why nothing was: acknowledged writes that no flush covered are not in the image.
-	Lost error
-}
+type JournalReport = block.JournalReport
 
 var (
 	// ErrJournalStale is what JournalReport.Lost wraps when the journal is not the image's last one: somebody else opened the
 	// image for writing since.
 	ErrJournalStale = errors.New("the image was opened for writing since by somebody who did not know the journal")
+	// ErrJournalMissing is what it wraps when the image was used with a journal that is not in the memory.
+	ErrJournalMissing = errors.New("the image was used with a journal that is not here; after a power cut that is as it must be")
+	// ErrJournalVersion is what JournalReport.None wraps for an image in version 2 of the format.
+	ErrJournalVersion = errors.New("version 2 of the format cannot say that a journal is in use")
 	// ErrJournalForeign is for a journal of another image, or of another boot of the host.
 	ErrJournalForeign = journal.ErrForeign
 )
@@ -91,6 +91,9 @@ func recoverJournal(ctx context.Context, file storage.File, hdr *format.Header, 
 	case err != nil:
 		return false, &JournalError{err}
 	case len(found.Records) == 0:
+		if found.Nonce == 0 && journalNonce(hdr) != 0 && !jo.Once {
+			jo.tell(JournalReport{Lost: ErrJournalMissing})
+		}
 		return false, nil
 	case found.Nonce != journalNonce(hdr):
 		jo.tell(JournalReport{Changes: len(found.Records), Lost: ErrJournalStale})
@@ -99,6 +102,9 @@ func recoverJournal(ctx context.Context, file storage.File, hdr *format.Header, 
 	clusters, err := restoreMapping(ctx, file, hdr, o, found.Records)
 	if err != nil {
 		return false, &JournalError{err}
+	}
+	if jo.Once {
+		journal.Clear(jo.Memory.Bytes())
 	}
 	jo.tell(JournalReport{Changes: len(found.Records), Clusters: clusters})
 	return true, nil
@@ -123,7 +129,7 @@ func restoreMapping(ctx context.Context, file storage.File, hdr *format.Header, 
 // leaves it old or new. That it says which journal is in use need not be durable: after a power cut there is none.
 func (im *Image) startJournal() error {
 	features := im.hdr.Autoclear & format.AutoclearKnown
-	if jo := im.opts.Journal; jo != nil {
+	if jo := im.opts.Journal; jo != nil && !jo.Once {
 		j := journal.None()
 		if jo.Memory != nil && im.hdr.Version >= format.Version3 {
 			nonce := newNonce()
@@ -224,7 +230,7 @@ func (im *Image) closeJournal() error {
 // leaveJournal gives the memory back; done: its content is needed no more.
 func (im *Image) leaveJournal(done bool) error {
 	im.meta.LeaveJournal()
-	if jo := im.opts.Journal; jo != nil && jo.Memory != nil && !im.readOnly {
+	if jo := im.opts.Journal; jo != nil && jo.Memory != nil {
 		return jo.Memory.Close(done)
 	}
 	return nil
@@ -236,5 +242,34 @@ func (im *Image) JournalSnapshot() []byte {
 	if j := im.meta.Journal(); j != nil {
 		return j.Snapshot()
 	}
+	return nil
+}
+
+// keepWhatSurvives finds the journal of an image that is opened by its name.
+func (o *Options) keepWhatSurvives(fo block.FormatOptions, hdr *format.Header) error {
+	if fo.ReadOnly || fo.OpenJournal == nil || !fo.Keep && journalNonce(hdr) == 0 {
+		return nil
+	}
+	jo := &Journal{OnRecover: fo.OnJournal, Once: !fo.Keep}
+	var err error
+	jo.Memory, jo.Identity, err = fo.OpenJournal(o.DataFile)
+	switch {
+	case err == nil:
+	case errors.Is(err, os.ErrNotExist) || journalNonce(hdr) == 0:
+		// Nothing was left behind.
+		if !fo.Keep {
+			return nil
+		}
+		jo.Memory = nil
+		fo.OnJournal(JournalReport{None: err})
+	default:
+		return fmt.Errorf("the image was used with a journal, which holds what was not flushed: %w", err)
+	}
+	if hdr.Version < format.Version3 && jo.Memory != nil {
+		err := jo.Memory.Close(true)
+		jo.Memory = nil
+		fo.OnJournal(JournalReport{None: errors.Join(ErrJournalVersion, err)})
+	}
+	o.Journal = jo
 	return nil
 }

@@ -35,8 +35,9 @@ type Options struct {
 	// AnswerOthers refuses devices whose handler nobody here has, instead of leaving them to another server on this host.
 	// Without such a server, whoever enables one waits for an answer for ever.
 	AnswerOthers bool
-	// WriteBack acknowledges writes that changed metadata before the image holds it. If this process is killed, what was
-	// acknowledged since the last flush is lost then, without initiators' noticing.
+	// WriteBack acknowledges writes that changed metadata before the image holds it, also of disks that do not survive this
+	// process by themselves (block.Info). If it is killed, what was acknowledged since the last flush is lost then,
+	// without initiators' noticing.
 	WriteBack bool
 }
 
@@ -314,7 +315,7 @@ func (m *Manager) makeUnit(s *served) error {
 		return fmt.Errorf("the disk has %d bytes and dev_size says %d: %w", have, size, syscall.EINVAL)
 	}
 	o := scsi.Options{BlockSize: bs, Serial: s.dev.Serial, ReadOnly: s.disk.Info().ReadOnly,
-		Keep: !m.o.WriteBack && s.disk.Info().Format != block.FormatRaw, Peer: m.peer}
+		Keep: !m.o.WriteBack && !s.disk.Info().Survives, Peer: m.peer}
 	if most, err := s.dev.MaxBlocks(); err == nil {
 		o.MaxTransfer = uint32(min(most*512/uint64(bs), math.MaxUint32))
 	}

@@ -47,8 +47,9 @@ starts. A second signal ends it at once.`,
 	f.BoolVarP(&t.readOnly, "read-only", "r", false, "let initiators change nothing")
 	f.StringVar(&t.cacheSize, "cache-size", "", "`size` of the metadata caches of all images together (default 256M)")
 	f.BoolVar(&t.answerOthers, "answer-others", true, "refuse disks of handlers that are not here, lest enabling them wait for ever")
-	f.BoolVar(&t.writeBack, "write-back", false,
-		"acknowledge allocating writes at once: faster, but those since the last flush are lost if drover is killed")
+	f.StringVar(&t.journalDir, "journal-dir", block.DefaultJournalDir,
+		"`folder` on a tmpfs for the journals by which nothing acknowledged is lost if drover is killed; none: flush instead, slowly")
+	f.BoolVar(&t.writeBack, "write-back", false, "keep no journal: allocating writes since the last flush are lost if drover is killed")
 	f.StringVar(&t.bus, "dbus", "system", "offer the D-Bus service on the `BUS`: system, session, an address, or none")
 	t.manage.add(f, defaultControl, defaultTCMUConfig)
 	t.objects.add(f)
@@ -66,6 +67,7 @@ type scsiServer struct {
 	readOnly, answerOthers, writeBack bool
 	cacheSize, bus, secretsDir        string
 	objects                           objectFlags
+	journalDir                        string
 	policy                            policyFlags
 	manage                            manageFlags
 	*manager
@@ -111,7 +113,11 @@ func (t *scsiServer) config() (daemon.TCMUConfig, error) {
 		return daemon.TCMUConfig{}, err
 	}
 	t.log = slog.New(slog.NewTextHandler(t.err, &slog.HandlerOptions{Level: t.level}))
-	c := daemon.TCMUConfig{Log: t.log, Policy: t.policy.policy(), ReadOnly: t.readOnly, AnswerOthers: t.answerOthers, WriteBack: t.writeBack}
+	c := daemon.TCMUConfig{Log: t.log, Policy: t.policy.policy(), ReadOnly: t.readOnly, AnswerOthers: t.answerOthers, WriteBack: t.writeBack,
+		JournalDir: t.journalDir, NoJournal: t.journalDir == "none"}
+	if c.NoJournal {
+		c.JournalDir = ""
+	}
 	keys, err := newKeyring(&t.objects, t.secretsDir)
 	if err != nil {
 		return c, err

@@ -177,6 +177,9 @@ func decode(b []byte, era uint64, index int) (r Record, whole bool) {
 		ne.Uint64(b[recBitmap:])}, true
 }
 
+// Clear has what is in mem end to count.
+func Clear(mem []byte) { (*atomic.Uint64)(unsafe.Pointer(&mem[offMagic])).Store(0) }
+
 // Journal is a journal that is being kept.
 type Journal struct {
 	mu       sync.Mutex
@@ -206,8 +209,7 @@ func Start(mem []byte, id Identity, nonce uint32) (*Journal, error) {
 	}
 	j := None()
 	j.mem, j.capacity = mem, int((int64(len(mem))-headerSize)/(2*recordSize))
-	magicWord := (*atomic.Uint64)(unsafe.Pointer(&mem[offMagic]))
-	magicWord.Store(0) // what is there ends to count with this one store
+	Clear(mem) // with one store
 	clear(mem[offVersion:])
 	ne := binary.NativeEndian
 	ne.PutUint32(mem[offVersion:], version)
@@ -217,7 +219,7 @@ func Start(mem []byte, id Identity, nonce uint32) (*Journal, error) {
 	ne.PutUint32(mem[offSum:], headerSum(mem))
 	j.clearHalf(0)
 	j.clearHalf(1)
-	magicWord.Store(magic)
+	(*atomic.Uint64)(unsafe.Pointer(&mem[offMagic])).Store(magic)
 	return j, nil
 }
 
