@@ -2,8 +2,6 @@ package block
 
 import (
 	"fmt"
-	"os"
-	"strings"
 
 	"github.com/droverproject/drover/storage"
 	"golang.org/x/sys/unix"
@@ -43,10 +41,4 @@ func (id fileID) name() (string, error) {
 		return "", errNoIdentity
 	}
 	return fmt.Sprintf("%x-%x", id.dev, id.ino), nil
-}
-
-// bootID returns what is another at every start of the host.
-func bootID() (string, error) {
-	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	return strings.TrimSpace(string(b)), err
 }

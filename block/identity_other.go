@@ -26,5 +26,3 @@ func (id fileID) same(other fileID) bool {
 }
 
 func (id fileID) name() (string, error) { return "", errNoIdentity }
-
-func bootID() (string, error) { return "", storage.ErrNotSupported }

@@ -13,7 +13,7 @@ import (
 const DefaultJournalDir = "/run/drover/journal"
 
 // JournalSize is how long new journals are.
-const JournalSize = 1536<<10 + 4096
+const JournalSize = 3<<20 + 4096
 
 // Keep says how what a device acknowledged survives this process. A write that changes no metadata survives in the host's
 // page cache. What changes metadata is noted in a journal, and brought back when the image is next opened for writing; without
@@ -74,7 +74,7 @@ func openJournal(dir string, file, data storage.File, create bool) (storage.Shar
 	if err != nil {
 		return nil, "", err
 	}
-	boot, err := bootID()
+	boot, err := storage.BootID()
 	if err != nil {
 		return nil, "", fmt.Errorf("asking which boot of the host this is: %w", err)
 	}

@@ -397,9 +397,13 @@ func (a *allocation) store(ctx context.Context, p []byte, off, in int64) error {
 func (a *allocation) copyOld(ctx context.Context, b []byte, off int64) (bool, error) {
 	im := a.im
 	inside := max(min(int64(len(b)), im.Size()-off), 0)
-	if zero, err := im.partIsZero(span{off, inside}); err != nil || zero {
+	zero, err := im.partIsZero(span{off, inside})
+	if err != nil || zero && a.virgin {
+		return false, err
+	}
+	if zero {
 		clear(b)
-		return len(b) > 0 && !a.virgin, err
+		return len(b) > 0, nil
 	}
 	clear(b[inside:])
 	storage.Tell(im.file, storage.EventCOWRead)

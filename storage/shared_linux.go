@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -102,4 +103,10 @@ func (s *sharedFile) Close(done bool) error {
 		s.err = errors.Join(s.err, unix.Close(s.fd))
 	})
 	return s.err
+}
+
+// BootID returns what is another at every start of the host.
+func BootID() (string, error) {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	return strings.TrimSpace(string(b)), err
 }

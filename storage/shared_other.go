@@ -8,3 +8,6 @@ import "fmt"
 func OpenShared(path string, _ int64, _ bool) (SharedMemory, error) {
 	return nil, fmt.Errorf("opening shared memory %q: %w", path, ErrNotSupported)
 }
+
+// BootID is for Linux, too.
+func BootID() (string, error) { return "", ErrNotSupported }

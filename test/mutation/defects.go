@@ -51,6 +51,9 @@ const (
 	commit    = "image/commit.go"
 	rebase    = "image/rebase.go"
 	vmState   = "qcow2/vmstate.go"
+	journals  = "qcow2/internal/journal/journal.go"
+	journaled = "qcow2/journal.go"
+	restore   = "qcow2/internal/meta/restore.go"
 
 	repair     = "qcow2/internal/check/repair.go"
 	rebuild    = "qcow2/internal/check/rebuild.go"
@@ -89,6 +92,33 @@ var Defects = []Defect{
 	{"retired-cut-last", "a reference may be given up before the entry that held it is written", store,
 		"	s.cutJournal(func() { g.retired = s.Refs.takeRetired() })\n	s.Map.freezeL1(g)\n	s.Map.freezeSlices(g)\n",
 		"	s.Map.freezeL1(g)\n	s.Map.freezeSlices(g)\n	runtime.Gosched()\n	s.cutJournal(func() { g.retired = s.Refs.takeRetired() })\n"},
+	{"journal-cut-late", "what changes while a flush freezes is recorded in the half that the flush clears", store,
+		"	s.cutJournal(func() { g.retired = s.Refs.takeRetired() })\n	s.Map.freezeL1(g)\n	s.Map.freezeSlices(g)\n",
+		"	g.retired = s.Refs.takeRetired()\n	s.Map.freezeL1(g)\n	s.Map.freezeSlices(g)\n	for range 9 {\n		runtime.Gosched()\n	}\n	s.cutJournal(func() {})\n"},
+	{"journal-cleared-early", "records are cleared before the flush that covers them is durable", store,
+		"	err := s.write(g)\n", "	s.kept()\n	err := s.write(g)\n"},
+	{"journal-trusts-failed-flush", "a flush that failed clears records", store,
+		"		s.notKept()\n", "		s.kept()\n"},
+	{"journal-full-is-ignored", "a change that the journal has no room for is acknowledged", journaled,
+		"		return nil\n	}\n	return im.meta.Flush(ctx)\n", "		return nil\n	}\n	return ctx.Err()\n"},
+	{"journal-full-in-place", "a write in place is acknowledged that builds on a change neither recorded nor durable", writer,
+		"	if !im.bm.ready() || im.outstanding() {", "	if !im.bm.ready() {"},
+	{"journal-full-in-try", "a write that allocates at once is acknowledged though the journal had no room", writer,
+		"err == nil && im.outstanding() {", "err == nil && false {"},
+	{"journal-halves-swapped", "records of the younger half are brought back first", journals,
+		"range []int{first, 1 - first}", "range []int{1 - first, first}"},
+	{"journal-torn-record", "a record that was being written counts", journals,
+		"s == 0 || s != sum(b[recIndex:recordSize]) || ", ""},
+	{"journal-of-before", "a journal is brought back into an image that somebody has changed since", journaled,
+		"	case found.Nonce != journalNonce(hdr):\n", "	case found.Nonce != journalNonce(hdr) && false:\n"},
+	{"journal-outlives-exclusive", "records are left that an operation on the whole image has made untrue", exclusive,
+		"		s.journal.Reset()\n", ""},
+	{"journal-clusters-not-counted", "clusters that are brought back count as free", restore,
+		"	return refs.adopt(r.taken)\n", "	return nil\n"},
+	{"journal-blocks-in-the-way", "refcount blocks are put where clusters lie that are about to be brought back", restore,
+		"	rc.starts[0] = (end + rc.perBlock() - 1) / rc.perBlock() * rc.perBlock()\n", ""},
+	{"journal-forgets-earlier-life", "the first flush leaves out what an earlier process wrote", journaled,
+		"		if err := im.meta.SyncAll(); err != nil {\n			return err\n		}\n", ""},
 	{"failed-flush-forgets-slices", "a failed flush is not tried again", store,
 		"			m.markDirty(f.s)\n			f.s.mu.Unlock()\n", "			f.s.mu.Unlock()\n"},
 	{"failed-flush-forgets-refcounts", "refcounts of a failed flush are not written again", store,
@@ -243,7 +273,7 @@ var Defects = []Defect{
 	{"no-copy-on-write", "what surrounds a partial write is lost", writer,
 		"	if err := im.read(ctx, b[:inside], off); err != nil {", "	if err := ctx.Err(); err != nil {"},
 	{"no-zeroes-around", "a partial write to a zero cluster shows old bytes around it", writer,
-		"		return len(b) > 0 && !a.virgin, err\n", "		return false, err\n"},
+		"		return len(b) > 0, nil\n", "		return false, nil\n"},
 	{"failed-write-keeps-clusters", "clusters of a failed write leak", writer,
 		"	if !a.fresh {\n		return err\n	}\n", "	if !a.fresh || err != nil {\n		return err\n	}\n"},
 	{"compressed-frees-one", "of a compressed cluster over two host clusters one leaks", writer,
@@ -313,7 +343,7 @@ var Defects = []Defect{
 	{"bitmap-not-marked-new", "a write that allocates at once is not recorded in dirty bitmaps", writer,
 		"	im.mark(span{off, int64(len(p))})\n	a.bound(", "	a.bound("},
 	{"bitmap-not-armed-in-place", "a write in place does not wait until the disk says that bitmaps are in use", writer,
-		"	if !im.bm.ready() {\n		return block.ErrWouldBlock\n	}\n", ""},
+		"	if !im.bm.ready() || im.outstanding() {", "	if im.outstanding() {"},
 	{"bitmap-armed-too-late", "a disk changes before it is durable that its bitmaps are in use", bitmaps,
 		"		if err := im.meta.Flush(ctx); err != nil {\n			return err\n		}\n		t, err := im.enter()", "		t, err := im.enter()"},
 	{"bitmap-in-use-trusted", "a bitmap that a crash left in use is believed", bitmaps,

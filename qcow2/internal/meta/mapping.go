@@ -709,7 +709,8 @@ func (m *Mapping) crowded() bool {
 	m.dirtyMu.Lock()
 	defer m.dirtyMu.Unlock()
 	if m.memory.Full(0) {
-		return len(m.dirty) > minDirty // what is dirty cannot make room
+		// What is dirty cannot make room, so as much must be left that is not.
+		return int64(len(m.dirty))*m.sliceSize > max(m.bytes.Load()/2, minDirty*m.sliceSize)
 	}
 	return !m.roomy && len(m.dirty) > max(m.maxSlices/2, minDirty)
 }
