@@ -55,7 +55,7 @@ func TestEvictedSliceIsNotEdited(t *testing.T) {
 	found := s.Map.chunks[0].Load().tables[0].Load().slices[0].Load()
 	for !s.Map.evict(found) { // the first call only takes its second chance away
 	}
-	if _, ok := s.Map.edit(found, 0); ok {
+	if _, ok := s.Map.edit(found, 0, 0); ok {
 		t.Fatal("an evicted slice was pinned")
 	}
 	run, err := s.Map.Lookup(0, 1, true)
