@@ -121,7 +121,7 @@ func restoreMapping(ctx context.Context, file storage.File, hdr *format.Header, 
 	}
 	im.noteInfo()
 	defer im.meta.Map.Forget()
-	return im.meta.Restore(ctx, list, im.lay.ClustersFor(im.Size()))
+	return im.meta.Restore(ctx, list, int64(hdr.L1Size)*im.lay.L2Entries())
 }
 
 // startJournal begins a journal. What the memory held has been brought back, or is lost. It also clears the autoclear features

@@ -38,7 +38,7 @@ type recordsOf struct {
 	records []journal.Record
 }
 
-// Restore makes what the records say true, and durable. No request runs. clusters is the length of the disk. It returns how
+// Restore makes what the records say true, and durable. No request runs. clusters is how many the L1 table reaches. It returns how
 // many guest clusters have changed.
 func (s *Store) Restore(ctx context.Context, records []journal.Record, clusters int64) (changed int64, err error) {
 	size, err := s.file.Size()
@@ -140,7 +140,7 @@ func (r *restoration) eachEntry(fn func(c GuestCluster, old, entry Entry) error)
 				return fmt.Errorf("looking up guest cluster %d: %w", c, err)
 			}
 			old := Entry{run.Entry, run.Bitmap}
-			if old == e {
+			if old == e || r.passed(old, e) {
 				return nil
 			}
 			return fn(c, old, e)
@@ -150,6 +150,19 @@ func (r *restoration) eachEntry(fn func(c GuestCluster, old, entry Entry) error)
 		}
 	}
 	return nil
+}
+
+// passed reports whether the disk has gone on from what a record says. A cluster shared with a snapshot has been in its place
+// since the snapshot was created, or applied: if it is elsewhere on the disk, a flush has written a later change there, which
+// nobody had been told of yet.
+func (r *restoration) passed(old, e Entry) bool {
+	return r.counted(e) && !e.Word.Copied() && !(r.counted(old) && old.Word.HostOffset() == e.Word.HostOffset())
+}
+
+// counted reports whether an entry has a host cluster for itself, or shared as a whole.
+func (r *restoration) counted(e Entry) bool {
+	kind := r.s.Layout.Kind(e.Word)
+	return (kind == format.KindNormal || kind == format.KindZeroAlloc) && !r.s.Layout.DataFile
 }
 
 // take judges an entry, and notes the host cluster that it takes, unless that is the entry's already.
@@ -170,7 +183,7 @@ func (r *restoration) take(c GuestCluster, old, e Entry) error {
 		}
 		return nil
 	}
-	if had := lay.Kind(old.Word); (had == format.KindNormal || had == format.KindZeroAlloc) && old.Word.HostOffset() == host {
+	if r.counted(old) && old.Word.HostOffset() == host {
 		if old.Word.Copied() != e.Word.Copied() {
 			return unfit("guest cluster %d at host offset %#x has another owner", c, host)
 		}
