@@ -62,6 +62,8 @@ type piece struct {
 	kind   uint8
 	buf    *[]byte // what was read
 	runs   []pieceRun
+	packed [][]byte  // of a stream: what becomes of each cluster,
+	out    *[]byte   // and where that lies
 	host   []hostRun // where it lies, to be copied by the host
 	err    error
 	ready  chan struct{}

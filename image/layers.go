@@ -37,10 +37,8 @@ func grow(ctx context.Context, dev block.Device, size int64) error {
 	if im, ok := block.As[*qcow2.Image](dev); ok {
 		return im.Resize(ctx, size, qcow2.ResizeOptions{})
 	}
-	if d, ok := block.As[interface {
-		Grow(context.Context, int64) error
-	}](dev); ok {
-		return d.Grow(ctx, size)
+	if d, ok := block.As[block.Resizer](dev); ok {
+		return d.Resize(ctx, size)
 	}
 	return fmt.Errorf("a disk of format %s cannot become longer", dev.Info().Format)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -27,7 +28,11 @@ another. Ranges that read as zeroes take no space in the target.
 
 When convert has ended with exit code 0, the target is on the disk: a crash
 of the host does not harm it any more. 'drover create -f FMT -o help' lists the
-options of a target.`,
+options of a target.
+
+A FILE or TARGET of "-" is standard input or output. An image that is written to
+a pipe is whole in one pass; of one that is read from a pipe a raw disk is taken
+as it comes, and anything else goes through a temporary file.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c.app = a
 			c.sparseGiven = cmd.Flags().Changed("sparse-size")
@@ -59,6 +64,7 @@ options of a target.`,
 	f.StringVarP(&c.sourceCache, "source-cache", "T", "", "cache `mode` of qemu-img for the source (accepted, without effect)")
 	addProgress(f, &c.progress)
 	resultFlag(cmd, &c.output)
+	f.StringVar(&c.spool, "spool", "", "keep a stream that is not read in order in a temporary file in `DIR`")
 	f.BoolVarP(&c.quiet, "quiet", "q", false, "print nothing but errors")
 	c.src.policy.add(f)
 	return cmd
@@ -78,16 +84,21 @@ type conversion struct {
 	formatGiven                      bool
 	output                           string
 	written                          source // the target
-	salvage, outOfOrder, offload     bool
-	cache, sourceCache               string
-	quiet                            bool
-	progress                         progressFlag
-	target                           string
-	creator                          creator
-	known                            []createOption
-	sources                          []block.Device
-	opened                           []block.Device
-	copying                          image.ConvertOptions
+
+	spool                        string
+	inputs                       []*os.File // that were opened as streams
+	spooled                      []string   // temporary files
+	incoming                     io.Reader  // a raw disk of unknown length, in place of sources
+	salvage, outOfOrder, offload bool
+	cache, sourceCache           string
+	quiet                        bool
+	progress                     progressFlag
+	target                       string
+	creator                      creator
+	known                        []createOption
+	sources                      []block.Device
+	opened                       []block.Device
+	copying                      image.ConvertOptions
 }
 
 func (c *conversion) run(ctx context.Context, args []string) (err error) {
@@ -106,7 +117,7 @@ func (c *conversion) run(ctx context.Context, args []string) (err error) {
 		return errorf("Must specify image file name")
 	}
 	c.target = args[len(args)-1]
-	defer func() { err = errors.Join(err, c.closeSources()) }()
+	defer func() { err = errors.Join(err, c.closeSources(), c.closeInputs()) }()
 	if err := c.openSources(ctx, args[:len(args)-1]); err != nil {
 		return err
 	}
@@ -115,6 +126,12 @@ func (c *conversion) run(ctx context.Context, args []string) (err error) {
 	}
 	if !known {
 		return errorf("Unknown file format '%s'", c.format)
+	}
+	switch {
+	case c.incoming != nil:
+		return c.takeStream(ctx, c.incoming)
+	case !c.targetOpts && c.isStream(c.target, "/dev/stdout"):
+		return c.stream(ctx)
 	}
 	return c.convert(ctx)
 }
@@ -174,7 +191,20 @@ func (c *conversion) openSources(ctx context.Context, names []string) error {
 		if err := src.set(name); err != nil {
 			return err
 		}
-		dev, err := c.openDevice(ctx, &src, true)
+		var dev block.Device
+		var err error
+		if !src.imageOpts && c.isStream(name, "/dev/stdin") {
+			var raw io.Reader
+			if dev, raw, err = c.fromStandardInput(ctx, name); err == nil && raw != nil {
+				if len(names) > 1 {
+					return errorf("A stream of unknown length must be the only source")
+				}
+				c.incoming = raw
+				return nil
+			}
+		} else {
+			dev, err = c.openDevice(ctx, &src, true)
+		}
 		if err != nil {
 			return err
 		}
@@ -386,7 +416,7 @@ func (c *conversion) fit(target block.Device, total int64) error {
 
 // checkBitmaps finds out whether the source has bitmaps that can be copied.
 func (c *conversion) checkBitmaps() error {
-	if !c.bitmaps {
+	if !c.bitmaps || c.incoming != nil {
 		return nil
 	}
 	if len(c.sources) > 1 {
