@@ -41,14 +41,10 @@ type blockHash [sha256.Size]byte
 // significant first; and, in order, the SHA-256 of each block of 1 MiB of the disk, the last of which is as long as there is
 // left.
 func Sum(ctx context.Context, dev block.Device, o SumOptions) ([]byte, error) {
-	s := summer{o: o, dev: dev, size: dev.Size(), cursor: newCursor(dev), top: sha256.New()}
-	s.zero = sha256.Sum256(make([]byte, sumBlock))
+	s := newSummer(dev, o)
 	switch o.Algorithm {
 	case SumBlocks, "":
-		var size [8]byte
-		binary.BigEndian.PutUint64(size[:], uint64(s.size))
-		s.top.Write([]byte(sumLabel))
-		s.top.Write(size[:])
+		s.top = newSum(s.size)
 	case SumFlat:
 		s.flat = true
 	default:
@@ -60,6 +56,40 @@ func Sum(ctx context.Context, dev block.Device, o SumOptions) ([]byte, error) {
 	return s.top.Sum(nil), nil
 }
 
+// newSum begins the hash of a disk's blocks.
+func newSum(size int64) hash.Hash {
+	h := sha256.New()
+	var b [8]byte
+	binary.BigEndian.PutUint64(b[:], uint64(size))
+	h.Write([]byte(sumLabel))
+	h.Write(b[:])
+	return h
+}
+
+// blockSums hashes the blocks of a disk; known may have the hash of a block already.
+func blockSums(ctx context.Context, dev block.Device, progress Progress, known func(block int64) (blockHash, bool)) ([]blockHash, error) {
+	s := newSummer(dev, SumOptions{Progress: progress})
+	s.known, s.keep = known, true
+	err := inOrder(ctx, workers(), s.produce, s.work, s.done)
+	return s.blocks, err
+}
+
+// sumOf is what Sum makes of a disk with these blocks.
+func sumOf(size int64, blocks []blockHash) []byte {
+	h := newSum(size)
+	for i := range blocks {
+		h.Write(blocks[i][:])
+	}
+	return h.Sum(nil)
+}
+
+// zeroBlockHash is the hash of a whole block of zeroes.
+var zeroBlockHash = blockHash(sha256.Sum256(sumZeroes[:]))
+
+func newSummer(dev block.Device, o SumOptions) *summer {
+	return &summer{o: o, dev: dev, size: dev.Size(), cursor: newCursor(dev), top: sha256.New(), zero: zeroBlockHash}
+}
+
 type summer struct {
 	o      SumOptions
 	dev    block.Device
@@ -68,20 +98,38 @@ type summer struct {
 	flat   bool
 	zero   blockHash // of a block of zeroes
 	top    hash.Hash
+
+	known  func(block int64) (blockHash, bool) // may be nil
+	keep   bool                                // what blocks gets
+	blocks []blockHash
 }
 
 // What there is to do with a piece.
 const (
-	sumRead uint8 = iota // one block
-	sumZero              // whole blocks of zeroes
+	sumRead  uint8 = iota // one block
+	sumZero               // whole blocks of zeroes
+	sumKnown              // one block, whose hash is known
 )
 
 // produce emits blocks, and runs of blocks of zeroes.
 func (s *summer) produce(emit func(*piece) bool) error {
 	for off := int64(0); off < s.size; {
+		if s.known != nil {
+			if h, ok := s.known(off / sumBlock); ok {
+				n := min(sumBlock, s.size-off)
+				if !emit(&piece{off: off, n: n, kind: sumKnown, hash: h}) {
+					return nil
+				}
+				off += n
+				continue
+			}
+		}
 		e, err := s.cursor.next(context.Background(), off)
 		if err != nil {
 			return &StatusError{0, err}
+		}
+		if s.known != nil {
+			e.Len = min(e.Len, sumBlock) // what follows may be known
 		}
 		if n := (e.End() - off) / sumBlock * sumBlock; e.Zero && n > 0 {
 			if !emit(&piece{off: off, n: n, kind: sumZero}) {
@@ -109,7 +157,7 @@ func (s *summer) produce(emit func(*piece) bool) error {
 
 // work reads a block and hashes it.
 func (s *summer) work(ctx context.Context, p *piece) error {
-	if p.kind == sumZero {
+	if p.kind != sumRead {
 		return nil
 	}
 	p.buf = buffers.Get().(*[]byte)
@@ -136,6 +184,12 @@ func (s *summer) work(ctx context.Context, p *piece) error {
 // done takes the pieces in order.
 func (s *summer) done(p *piece) error {
 	switch {
+	case s.keep && p.kind == sumZero:
+		for n := p.n; n > 0; n -= sumBlock {
+			s.blocks = append(s.blocks, s.zero)
+		}
+	case s.keep:
+		s.blocks = append(s.blocks, p.hash)
 	case s.flat && p.kind == sumZero:
 		for n := p.n; n > 0; n -= sumBlock {
 			s.top.Write(sumZeroes[:])

@@ -37,3 +37,13 @@ func setBacking(h *format.Header, name, backingFormat string) error {
 	h.BackingFile, h.BackingFormat, h.HasBackingFormat = name, backingFormat, backingFormat != ""
 	return nil
 }
+
+// BackingFile returns the name and the format of the backing file as the image has them, "" for none or once it is closed.
+func (im *Image) BackingFile() (name, format string) {
+	t, err := im.enter()
+	if err != nil {
+		return "", ""
+	}
+	defer im.meta.Epochs.Exit(t)
+	return im.hdr.BackingFile, im.hdr.BackingFormat
+}
