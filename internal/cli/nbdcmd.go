@@ -56,10 +56,11 @@ type nbdAttach struct {
 	timeout     time.Duration
 	reconnect   time.Duration
 	onClose     bool
+	pause       time.Duration // after an attempt to connect again that failed
 }
 
 func (a *app) nbdAttachCommand() *cobra.Command {
-	n := &nbdAttach{app: a}
+	n := &nbdAttach{app: a, pause: retryPause}
 	cmd := &cobra.Command{
 		Use:   "attach [flags] URI [DEVICE]",
 		Short: "Make an export a device",
@@ -295,7 +296,7 @@ func isConnected(index int) (bool, error) {
 	return false, nil
 }
 
-// retryPause is how long to wait after an attempt to connect that failed.
+// retryPause is nbdAttach.pause.
 const retryPause = time.Second
 
 // again makes one new connection within the time that the kernel waits for it.
@@ -314,7 +315,7 @@ func (n *nbdAttach) again(ctx context.Context, control reconnecter, cfg nbddev.C
 		select {
 		case <-ctx.Done():
 			return errorf("the server did not come back: %w", err)
-		case <-time.After(retryPause):
+		case <-time.After(n.pause):
 		}
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/nbd"
 )
 
 // qemuNBDRun runs drover under the name of qemu-nbd.
@@ -153,6 +154,79 @@ func TestQemuNBDParses(t *testing.T) {
 	for _, o := range qemuNBDOptions {
 		if !strings.Contains(out, "--"+o.Long) && o.Long != "tls-hostname" {
 			t.Errorf("the help lacks --%s", o.Long)
+		}
+	}
+}
+
+// TestClientCount ends a server when the last of those who had an export has gone, but not while others are connected.
+func TestClientCount(t *testing.T) {
+	for name, c := range map[string]struct {
+		last   bool
+		events string // + comes, = gets an export, - leaves
+		want   bool
+	}{
+		"looks":        {true, "+-", false},
+		"uses":         {true, "+=-", true},
+		"one of two":   {true, "+=+=-", false},
+		"both":         {true, "+=+=--", true},
+		"waits":        {true, "+=+-", false},
+		"waits, looks": {true, "+=+--", true},
+		"looks, uses":  {true, "+-+=-", true},
+		"persistent":   {false, "+=-", false},
+	} {
+		stopped := false
+		count := newClientCount(nil, c.last, func() { stopped = true })
+		o := count.observer()
+		for _, e := range c.events {
+			switch e {
+			case '+':
+				count.come()
+			case '=':
+				o.Connected(nbd.Conn{})
+			case '-':
+				o.Disconnected(nbd.Conn{}, nbd.Stats{}, nil)
+			}
+		}
+		if stopped != c.want {
+			t.Errorf("%s: stopped %v, want %v", name, stopped, c.want)
+		}
+	}
+}
+
+// TestNetObjects tells by a name in a certificate who is let in.
+func TestNetObjects(t *testing.T) {
+	for text, who := range map[string]string{
+		"authz-simple,id=a,identity=CN=alice,,O=x":                  "CN=alice,O=x",
+		"authz-list,id=a,policy=deny":                               "",
+		"authz-list,id=a,policy=allow":                              "CN=alice CN=alice,O=x CN=bob CN=[ab]",
+		"authz-list,id=a,rules.0.match=CN=bob,rules.0.policy=allow": "CN=bob",
+		"authz-list,id=a,rules.0.match=CN=bob,rules.0.policy=deny,rules.1.match=*,rules.1.policy=allow,rules.1.format=glob": "CN=alice CN=alice,O=x CN=[ab]",
+		`{"qom-type":"authz-list","id":"a","rules":[{"match":"CN=alice*","policy":"allow","format":"glob"}]}`:               "CN=alice CN=alice,O=x",
+		`{"qom-type":"authz-list","id":"a","rules":[{"match":"CN=[ab]","policy":"allow","format":"glob"}]}`:                 "CN=[ab]",
+		`{"qom-type":"authz-list","id":"a","rules":[{"match":"CN=b?b","policy":"allow","format":"glob"}]}`:                  "CN=bob",
+	} {
+		var o netObjects
+		if err := o.add(text); err != nil {
+			t.Errorf("%s: %v", text, err)
+			continue
+		}
+		var in []string
+		for _, name := range []string{"CN=alice", "CN=alice,O=x", "CN=bob", "CN=[ab]"} {
+			if o.authz["a"](name) {
+				in = append(in, name)
+			}
+		}
+		if got := strings.Join(in, " "); got != who {
+			t.Errorf("%s lets in %q, want %q", text, got, who)
+		}
+	}
+	for _, text := range []string{
+		"authz-list,id=a,rules.0.match=x", "authz-list,id=a,rules.0.match=x,rules.0.policy=allow,rules.0.format=regex",
+		"authz-list,id=a,rules.1.match=x,rules.1.policy=allow", "{", `{"qom-type":"authz-simple"}`, "authz-simple,id=a,identity=x,y=z",
+		"tls-creds-x509,id=t,dir=/nowhere,verify-peer=maybe", "authz-listfile,id=a,filename=/nowhere",
+	} {
+		if err := new(netObjects).add(text); err == nil {
+			t.Errorf("%s is accepted", text)
 		}
 	}
 }
