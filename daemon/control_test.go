@@ -3,8 +3,13 @@ package daemon
 import (
 	"context"
 	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
 	"net/http"
 	"net/url"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -56,6 +61,9 @@ type managedServer struct {
 // manage starts a daemon with a control socket. The test's cleanup ends it and wants everything written and nothing left.
 func manage(t *testing.T, c Config, kc ControlConfig) *managedServer {
 	t.Helper()
+	if !knowsPeers {
+		t.Skip(errNoPeers)
+	}
 	before := goleak.IgnoreCurrent()
 	dir := t.TempDir()
 	s := &managedServer{t: t, socket: filepath.Join(dir, "nbd")}
@@ -197,4 +205,167 @@ func TestControl(t *testing.T) {
 	}
 	s.refuse(http.StatusNotFound, "", "GET", "/v1/nothing", nil, nil)
 	s.refuse(http.StatusMethodNotAllowed, "", "PUT", "/v1/disks", nil, nil)
+}
+
+// TestControlSettings changes what a server has of its own.
+func TestControlSettings(t *testing.T) {
+	image := newImage(t, 1<<20)
+	level := new(slog.LevelVar)
+	var reloads []string
+	fail := errors.New("nothing to read")
+	s := manage(t, Config{Exports: []Export{{Image: image, Open: block.OpenOptions{Format: "qcow2"}}}}, ControlConfig{
+		Level: level,
+		Reload: func() ([]string, error) {
+			reloads = append(reloads, "one")
+			if len(reloads) > 1 {
+				return nil, fail
+			}
+			return reloads, nil
+		},
+	})
+	var l LogLevel
+	s.must("GET", "/v1/log-level", nil, nil, &l)
+	if l.Level != "info" {
+		t.Errorf("level %q", l.Level)
+	}
+	s.must("PUT", "/v1/log-level", nil, LogLevel{"debug"}, &l)
+	if l.Level != "debug" || level.Level() != slog.LevelDebug {
+		t.Errorf("level %q, %v", l.Level, level.Level())
+	}
+	s.refuse(400, "no log level", "PUT", "/v1/log-level", nil, LogLevel{"loud"})
+	var r ReloadReply
+	s.must("POST", "/v1/reload", nil, nil, &r)
+	if !slices.Equal(r.Changes, []string{"one"}) {
+		t.Errorf("reload: %+v", r)
+	}
+	s.refuse(409, fail.Error(), "POST", "/v1/reload", nil, nil)
+}
+
+// TestControlPeers answers nobody but root and the server's own user, whatever the socket's mode is.
+func TestControlPeers(t *testing.T) {
+	for uid, want := range map[any]bool{0: true, os.Geteuid(): true, 54321: false, "nobody knows": false} {
+		ctx := context.Background()
+		switch uid := uid.(type) {
+		case int:
+			ctx = context.WithValue(ctx, peerKey{}, peer{uid: uint32(uid)})
+		case string:
+			ctx = context.WithValue(ctx, peerKey{}, peer{err: errors.New(uid)})
+		}
+		if err := allowed(ctx); (err == nil) != want || err != nil && statusOf(err) != http.StatusForbidden {
+			t.Errorf("%v: %v", uid, err)
+		}
+	}
+	if allowed(context.Background()) == nil {
+		t.Error("a request from nowhere is answered")
+	}
+	s := manage(t, Config{Exports: []Export{export(rawImage(t))}}, ControlConfig{})
+	st, err := os.Stat(s.path)
+	if err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v", st.Mode(), err)
+	}
+}
+
+// TestControlRaw has a disk that can do less.
+func TestControlRaw(t *testing.T) {
+	image := rawImage(t)
+	s := manage(t, Config{Exports: []Export{export(image)}}, ControlConfig{})
+	s.must("POST", "/v1/disk/resize", q("name", ""), ResizeRequest{Size: 2 << 20}, nil)
+	if st, err := os.Stat(image); err != nil || st.Size() != 2<<20 || s.show("").Size != 2<<20 {
+		t.Errorf("%v, %+v", err, s.show(""))
+	}
+	s.must("POST", "/v1/disk/resize", q("name", ""), ResizeRequest{Size: 1 << 20, Shrink: true}, nil)
+	s.must("POST", "/v1/disk/flush", q("name", ""), nil, nil)
+	s.refuse(400, "convert it to qcow2", "POST", "/v1/disk/snapshots", q("name", ""), NameRequest{"s"})
+	s.refuse(400, "convert it to qcow2", "POST", "/v1/disk/check", q("name", ""), nil)
+	s.refuse(400, "without preallocation", "POST", "/v1/disk/resize", q("name", ""), ResizeRequest{Size: 4 << 20, Preallocation: "full"})
+}
+
+// TestControlReadOnly refuses what clients may not do either.
+func TestControlReadOnly(t *testing.T) {
+	image := newImage(t, 1<<20)
+	s := manage(t, Config{Exports: []Export{{Image: image, Open: block.OpenOptions{Format: "qcow2", ReadOnly: true}}}}, ControlConfig{})
+	name := q("name", "")
+	s.refuse(409, "read-only", "POST", "/v1/disk/snapshots", name, NameRequest{"s"})
+	s.refuse(409, "read-only", "POST", "/v1/disk/resize", name, ResizeRequest{Size: 2 << 20})
+	s.refuse(409, "read-only", "POST", "/v1/disk/bitmaps", name, BitmapRequest{Name: "b"})
+	s.must("POST", "/v1/disk/check", name, nil, nil)
+}
+
+// TestControlBitmapServed keeps a bitmap that clients read.
+func TestControlBitmapServed(t *testing.T) {
+	image := newImage(t, 1<<20)
+	dev, err := block.Open(t.Context(), image, block.OpenOptions{Format: "qcow2"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	im, _ := block.As[*qcow2.Image](dev)
+	if err := errors.Join(im.AddBitmap(t.Context(), "b", qcow2.BitmapOptions{}), dev.Close()); err != nil {
+		t.Fatal(err)
+	}
+	s := manage(t, Config{Exports: []Export{{Image: image, Bitmaps: []string{"b"}, Open: block.OpenOptions{Format: "qcow2"}}}}, ControlConfig{})
+	s.refuse(409, "read by clients", "DELETE", "/v1/disk/bitmaps", q("name", "", "bitmap", "b"), nil)
+	if d := s.show(""); len(d.Bitmaps) != 1 || !d.Bitmaps[0].Served {
+		t.Errorf("%+v", d.Bitmaps)
+	}
+}
+
+// TestMetrics reads what Prometheus reads, over TCP and over the control socket.
+func TestMetrics(t *testing.T) {
+	image := newImage(t, 1<<20)
+	s := manage(t, Config{Exports: []Export{{Name: "d", Image: image, Open: block.OpenOptions{Format: "qcow2"}}}},
+		ControlConfig{Metrics: ":0", Version: "v9"})
+	addr := s.k.MetricsAddr().(*net.TCPAddr)
+	if !addr.IP.IsLoopback() {
+		t.Errorf("without a host the metrics are at %v", addr)
+	}
+	get := func(c *http.Client, url string) string {
+		resp, err := c.Get(url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, err := io.ReadAll(resp.Body)
+		if err := errors.Join(err, resp.Body.Close()); err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Sprint(resp.StatusCode, "\n", string(b))
+	}
+	c := &http.Client{Transport: &http.Transport{}}
+	defer c.CloseIdleConnections()
+	for _, text := range []string{get(c, "http://"+addr.String()+"/metrics"), get(&s.http, "http://drover/metrics")} {
+		for _, want := range []string{
+			"200\n", `drover_info{kind="serve",version="v9"} 1`, "drover_disks 1",
+			`drover_disk_size_bytes{disk="d",hba="",image="` + image + `"} 1.048576e+06`, "go_goroutines",
+		} {
+			if !strings.Contains(text, want) {
+				t.Errorf("%q is not in\n%s", want, text)
+			}
+		}
+	}
+	if text := get(c, "http://"+addr.String()+"/v1/disks"); !strings.HasPrefix(text, "404") {
+		t.Errorf("over TCP there is more than metrics: %s", text)
+	}
+}
+
+// TestControlOpen has sockets that cannot be.
+func TestControlOpen(t *testing.T) {
+	ctx := t.Context()
+	if _, err := OpenControl(ctx, ControlConfig{Metrics: "256.256.256.256:1"}); err == nil {
+		t.Error("an address that is none")
+	}
+	file := rawImage(t)
+	if _, err := OpenControl(ctx, ControlConfig{Socket: Address{Socket: file}}); err == nil || !strings.Contains(err.Error(), "not a socket") {
+		t.Errorf("a file in the place of the socket: %v", err)
+	}
+	dir := t.TempDir()
+	path := filepath.Join(dir, "s")
+	if _, err := OpenControl(ctx, ControlConfig{Socket: Address{Socket: path}, Metrics: "256.256.256.256:1"}); err == nil {
+		t.Error("an address that is none")
+	}
+	if _, err := os.Stat(path); !os.IsNotExist(err) {
+		t.Errorf("the socket stayed: %v", err)
+	}
+	err := NewControlClient(path).Call(ctx, "GET", "/v1/disks", nil, nil, nil)
+	if err == nil || !strings.Contains(err.Error(), "is the server running") {
+		t.Errorf("without a server: %v", err)
+	}
 }
