@@ -30,7 +30,7 @@ var layers = map[string][]string{
 		"daemon", "nbd", "tcmu", "scsi", "image", "qcow2", "luks", "block", "storage", "internal/nbddev",
 		"internal/picture",
 	},
-	"daemon": {"nbd", "tcmu", "image", "block", "qcow2", "storage"},
+	"daemon": {"nbd", "tcmu", "image", "block", "qcow2", "luks", "storage"},
 	"nbd":    {"block", "storage"},
 	"tcmu":   {"scsi", "block", "storage"},
 	"scsi":   {"block", "storage"},
