@@ -7,6 +7,7 @@
 package kill
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -18,7 +19,13 @@ import (
 	"github.com/droverproject/drover/test/peer"
 )
 
-func TestMain(m *testing.M) { harness.Main(m) }
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("DROVER_KILL_CHILD"); dir != "" {
+		fmt.Fprintln(os.Stderr, child(dir))
+		os.Exit(1)
+	}
+	harness.Main(m)
+}
 
 const (
 	workers  = 8
