@@ -221,7 +221,7 @@ func (im *Image) journalReloaded() {
 
 // closeJournal takes the mark from the header. Everything is on the disk.
 func (im *Image) closeJournal() error {
-	if journalNonce(im.hdr) == 0 || im.meta.Corrupt() != nil {
+	if im.meta.Journal() == nil || journalNonce(im.hdr) == 0 || im.meta.Corrupt() != nil {
 		return nil
 	}
 	return im.setAutoclear(im.hdr.Autoclear & format.AutoclearKnown)

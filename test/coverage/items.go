@@ -202,7 +202,7 @@ var groups = []group{
 		{"signaled_corruption", "one refusal, and the image goes on", mt + "CorruptError", "qcow2 TestCorruptBit; qcow2 TestTablesInWrongPlaces"},
 		{"incompatible_features", "", fm + "Header.Incompat", damagedHeaders},
 		{"compatible_features", "", fm + "Header.Compat", unknown},
-		{"autoclear_features", "unknown ones are cleared before the first write", "qcow2.Image.clearUnknownAutoclear", "test/coverage TestUnknownAutoclear"},
+		{"autoclear_features", "unknown ones are cleared before the first write", "qcow2.Image.startJournal", "test/coverage TestUnknownAutoclear"},
 		{"unknown_header_fields_size", "", fm + "Header.UnknownFields", unknown},
 		{"unknown_header_fields", "kept through every rewrite", fm + "Header.UnknownFields", unknown},
 		{"unknown_header_ext", "", fm + "Header.UnknownExtensions", unknown},
