@@ -26,7 +26,7 @@ const maxCredential = 4 << 20
 // LoadTLS reads the credentials of a server from a folder laid out like those of QEMU's tls-creds-x509: server-cert.pem
 // (with the certificates between it and the CA behind it), server-key.pem, and, if verifyPeer, ca-cert.pem, which must
 // have signed the certificate of each client, and ca-crl.pem, if it is there, which lists those that do not count any
-// more. The files are read once: whoever renews them restarts the server.
+// more. The files are read once; LoadCredentials is for those that are renewed.
 func LoadTLS(dir string, verifyPeer bool) (*tls.Config, error) {
 	fail := func(err error) (*tls.Config, error) {
 		return nil, fmt.Errorf("TLS credentials in %q: %w", dir, err)
