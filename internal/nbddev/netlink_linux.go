@@ -269,7 +269,12 @@ func (c *Control) execute(command uint8, enc *netlink.AttributeEncoder) ([]genet
 		return nil, err
 	}
 	m := genetlink.Message{Header: genetlink.Header{Command: command, Version: familyVersion}, Data: data}
-	answers, err := c.conn.Execute(m, c.family.ID, netlink.Request|netlink.Acknowledge)
+	flags := netlink.Request
+	if command != cmdConnect && command != cmdStatus {
+		// An acknowledgement behind an answer would be found by the next request, in place of its own.
+		flags |= netlink.Acknowledge
+	}
+	answers, err := c.conn.Execute(m, c.family.ID, flags)
 	switch {
 	case errors.Is(err, unix.EBUSY):
 		return nil, fmt.Errorf("%w: %w", ErrBusy, err)

@@ -35,7 +35,11 @@ func (k *kernel) GetFamily(name string) (genetlink.Family, error) {
 }
 
 func (k *kernel) Execute(m genetlink.Message, family uint16, flags netlink.HeaderFlags) ([]genetlink.Message, error) {
-	if family != k.family.ID || flags&(netlink.Request|netlink.Acknowledge) != netlink.Request|netlink.Acknowledge {
+	want := netlink.Request | netlink.Acknowledge
+	if m.Header.Command == cmdConnect || m.Header.Command == cmdStatus { // the kernel answers these with more than a number
+		want = netlink.Request
+	}
+	if family != k.family.ID || flags != want {
 		return nil, unix.EOPNOTSUPP
 	}
 	k.got = append(k.got, m)
