@@ -69,6 +69,8 @@ type slot struct {
 	opened chan struct{} // closed when s or err is set
 	s      *served
 	err    error
+	// answered: whoever enabled the device has been told. A second answer might be taken for that to a later question.
+	answered bool
 }
 
 // served is a device that is being served. Its events are handled one after another.
@@ -89,14 +91,13 @@ func (m *Manager) Close() error { return m.events.Close() }
 // Run serves until the context ends, and then stops every device in an orderly way. ready is called when the devices that
 // exist at the start are served, or have been refused.
 func (m *Manager) Run(ctx context.Context, ready func()) error {
-	found := m.rescan(ctx)
+	received := make(chan error, 1)
+	go func() { received <- m.receive(ctx) }()
 	go func() {
-		found.Wait()
+		m.start(ctx)
 		m.log.Info("ready", "handlers", strings.Join(slices.Sorted(maps.Keys(m.handlers)), " "))
 		ready()
 	}()
-	received := make(chan error, 1)
-	go func() { received <- m.receive(ctx) }()
 	tick := time.NewTicker(rescanEvery)
 	defer tick.Stop()
 	for {
@@ -165,6 +166,8 @@ func (m *Manager) handle(ctx context.Context, ev Event) {
 	}
 	if err != nil {
 		m.log.Error("device", "minor", ev.Minor, "error", err)
+	} else if ev.Command == cmdAdded && !m.toAnswer(ev.Minor) {
+		return
 	}
 	if err := m.events.Answer(ev.Command, ev.DeviceID, status(err)); err != nil {
 		m.log.Error("device", "minor", ev.Minor, "error", err)
@@ -238,6 +241,18 @@ func (m *Manager) add(ctx context.Context, minor int, adopt bool) error {
 	}
 	close(place.opened)
 	return place.err
+}
+
+// toAnswer reports whether whoever enabled a device is still to be told, which a notice and a rescan would do both.
+func (m *Manager) toAnswer(minor int) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	place := m.devices[minor]
+	if place == nil || place.answered {
+		return false
+	}
+	place.answered = true
+	return true
 }
 
 // taken returns the device at a minor number once it is open, nil when there is none.
@@ -359,11 +374,23 @@ func (s *served) close() error {
 func (m *Manager) remove(minor int) error {
 	s := m.taken(minor, true)
 	if s == nil {
-		return errNotOurs
+		return m.unserved(minor)
 	}
 	err := s.close()
 	m.log.Info("removed", "device", s.dev.Name)
 	return err
+}
+
+// unserved returns nil for a device that would be ours, had its disk been opened: nobody else answers for it.
+func (m *Manager) unserved(minor int) error {
+	d, err := deviceOf(minor)
+	if err != nil {
+		return errNotOurs
+	}
+	if name, _, _ := strings.Cut(d.Config, "/"); m.handlers[name] == nil {
+		return errNotOurs
+	}
+	return nil
 }
 
 func (m *Manager) reconfigure(ctx context.Context, ev Event) error {
@@ -422,7 +449,7 @@ func (m *Manager) adopt(ctx context.Context, d Device) {
 	if err != nil {
 		m.log.Error("adopting a device", "device", d.Name, "error", err)
 	}
-	if enabled {
+	if enabled || err == nil && !m.toAnswer(d.Minor) {
 		return // nobody waits; an answer might be taken for that to another question
 	}
 	id, err2 := d.index()
