@@ -74,9 +74,12 @@ type Ring struct {
 	flags uint16
 	next  atomic.Uint32 // the entry that Next looks at; changed by Next only
 
-	mu          sync.Mutex
-	tail        uint32
-	outstanding map[uint16]bool // taken and not completed
+	free  sync.Pool     // of commands that were released
+
+	mu      sync.Mutex
+	tail    uint32
+	running [1 << 16 / 64]uint64 // a bit for each identifier: taken and not completed
+	taken   int                  // how many are
 }
 
 // NewRing takes over a mapping. Its first entry is the one at the tail: what lies between tail and head was not completed by
@@ -93,7 +96,7 @@ func NewRing(mem []byte) (*Ring, error) {
 	if off < mailboxSize || off%8 != 0 || size < minCommand || size%8 != 0 || uint64(off)+uint64(size) > uint64(len(mem)) {
 		return nil, broken("ring of %d bytes at %d in a mapping of %d", size, off, len(mem))
 	}
-	r := &Ring{mem: mem, ring: mem[off:][:size:size], flags: ne.Uint16(mem[offFlags:]), outstanding: make(map[uint16]bool)}
+	r := &Ring{mem: mem, ring: mem[off:][:size:size], flags: ne.Uint16(mem[offFlags:])}
 	if r.flags&CapOutOfOrder == 0 {
 		return nil, errors.New("the kernel's TCMU wants commands completed in order: it is too old")
 	}
@@ -117,6 +120,13 @@ type Command struct {
 	Data scsi.Buffer // pages of the data area
 	// Bidi is where the data-in of a command goes that has data in both directions.
 	Bidi scsi.Buffer
+}
+
+// Release gives a command back that was completed, and that nobody looks at any more: its memory serves the next one.
+func (r *Ring) Release(c *Command) {
+	clear(c.Data)
+	clear(c.Bidi)
+	r.free.Put(c)
 }
 
 // TaskNotice says that commands were aborted. They are completed like all others.
@@ -190,32 +200,37 @@ func (r *Ring) command(e []byte) (*Command, error) {
 	if len(e) < minCommand {
 		return nil, broken("command entry of %d bytes", len(e))
 	}
-	c := &Command{ID: ne.Uint16(e[entID:])}
+	c, ok := r.free.Get().(*Command)
+	if !ok {
+		c = new(Command)
+	}
+	c.ID = ne.Uint16(e[entID:])
 	out, bidi := uint64(ne.Uint32(e[reqVectors:])), uint64(ne.Uint32(e[reqBidi:]))
 	if out > maxVectors || bidi > maxVectors || reqIOV+(out+bidi)*iovSize > uint64(len(e)) {
 		return nil, broken("command %d has %d and %d vectors in %d bytes", c.ID, out, bidi, len(e))
 	}
 	var err error
-	if c.CDB, err = r.cdb(ne.Uint64(e[reqCDB:])); err != nil {
+	if c.CDB, err = r.cdb(c.CDB[:0], ne.Uint64(e[reqCDB:])); err != nil {
 		return nil, err
 	}
-	if c.Data, err = r.vectors(e[reqIOV:][:out*iovSize]); err != nil {
+	if c.Data, err = r.vectors(c.Data[:0], e[reqIOV:][:out*iovSize]); err != nil {
 		return nil, err
 	}
-	if c.Bidi, err = r.vectors(e[reqIOV+out*iovSize:][:bidi*iovSize]); err != nil {
+	if c.Bidi, err = r.vectors(c.Bidi[:0], e[reqIOV+out*iovSize:][:bidi*iovSize]); err != nil {
 		return nil, err
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.outstanding[c.ID] {
+	if r.running[c.ID/64]>>(c.ID%64)&1 != 0 {
 		return nil, broken("command %d came twice", c.ID)
 	}
-	r.outstanding[c.ID] = true
+	r.running[c.ID/64] |= 1 << (c.ID % 64)
+	r.taken++
 	return c, nil
 }
 
-// cdb copies a descriptor block, whose length its operation code tells.
-func (r *Ring) cdb(off uint64) ([]byte, error) {
+// cdb appends a descriptor block, whose length its operation code tells.
+func (r *Ring) cdb(to []byte, off uint64) ([]byte, error) {
 	if off >= uint64(len(r.mem)) {
 		return nil, broken("descriptor block at %#x", off)
 	}
@@ -236,12 +251,11 @@ func (r *Ring) cdb(off uint64) ([]byte, error) {
 	if n > len(b) || n > maxCDB+8 {
 		return nil, broken("descriptor block of %d bytes at %#x", n, off)
 	}
-	return append([]byte(nil), b[:n]...), nil
+	return append(to, b[:n]...), nil
 }
 
-func (r *Ring) vectors(raw []byte) (scsi.Buffer, error) {
+func (r *Ring) vectors(b scsi.Buffer, raw []byte) (scsi.Buffer, error) {
 	ne := binary.NativeEndian
-	var b scsi.Buffer
 	for ; len(raw) > 0; raw = raw[iovSize:] {
 		base, n := ne.Uint64(raw), ne.Uint64(raw[8:])
 		if n > uint64(len(r.mem)) || base > uint64(len(r.mem))-n || base < mailboxSize {
@@ -265,14 +279,15 @@ type Result struct {
 func (r *Ring) Complete(id uint16, res Result) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.outstanding[id] {
+	if r.running[id/64]>>(id%64)&1 == 0 {
 		return broken("command %d completed, which is not running", id)
 	}
 	e, err := r.slot()
 	if err != nil {
 		return err
 	}
-	delete(r.outstanding, id)
+	r.running[id/64] &^= 1 << (id % 64)
+	r.taken--
 	ne := binary.NativeEndian
 	ne.PutUint16(e[entID:], id)
 	e[entFlags] = 0
@@ -309,7 +324,7 @@ func (r *Ring) slot() ([]byte, error) {
 func (r *Ring) Outstanding() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return len(r.outstanding)
+	return r.taken
 }
 
 // idle reports whether Next has nothing to return.

@@ -87,6 +87,7 @@ func (s *Server) drain() error {
 			if err := s.ring.Complete(c.ID, result(c, r)); err != nil {
 				return err
 			}
+			s.ring.Release(c)
 			answered = true
 			continue
 		}
@@ -100,6 +101,7 @@ func (s *Server) complete(c *Command, r scsi.Reply) {
 		s.failed.CompareAndSwap(nil, &err)
 		return
 	}
+	s.ring.Release(c)
 	s.tell()
 }
 

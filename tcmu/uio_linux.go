@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -72,13 +71,13 @@ func parseName(minor int, name string) (Device, error) {
 	return Device{Minor: minor, HBA: parts[0], Name: parts[1], Config: parts[2]}, nil
 }
 
-// uio is an open device: its memory and its doorbell.
+// uio is an open device: its memory and its doorbell. It is waited on by a thread, not by the runtime's poller: the kernel
+// wakes that thread and nobody else, where the poller would wake a second one to look for more work, for each command.
 type uio struct {
-	f   *os.File
-	mem []byte
-
-	mu     sync.Mutex
-	closed bool
+	fd   int
+	name string
+	end  int // an eventfd that ends Wait
+	mem  []byte
 }
 
 // openUIO opens /dev/uioN, which only one process can do at a time, and maps its memory.
@@ -97,7 +96,11 @@ func openUIO(minor int) (*uio, error) {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("mapping %d bytes of %s: %w", size, name, err)
 	}
-	return &uio{f: os.NewFile(uintptr(fd), name), mem: mem}, nil
+	end, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("making an eventfd: %w", errors.Join(err, unix.Munmap(mem), unix.Close(fd)))
+	}
+	return &uio{fd: fd, name: name, end: end, mem: mem}, nil
 }
 
 func readUint(path string) (uint64, error) {
@@ -108,37 +111,55 @@ func readUint(path string) (uint64, error) {
 	return strconv.ParseUint(strings.TrimSpace(string(raw)), 0, 63)
 }
 
-// Wait returns when the kernel has counted another event. The runtime's poller does the waiting, and Stop ends it.
+// Wait returns when the kernel has counted another event, or the device is gone, or stop was called.
 func (u *uio) Wait() error {
-	var count [4]byte
-	if _, err := u.f.Read(count[:]); err != nil {
-		return fmt.Errorf("waiting for commands: %w", err)
+	fds := []unix.PollFd{{Fd: int32(u.fd), Events: unix.POLLIN}, {Fd: int32(u.end), Events: unix.POLLIN}}
+	for {
+		_, err := unix.Poll(fds, -1)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("waiting for commands: %w", err)
+		}
+		if fds[1].Revents != 0 {
+			return fmt.Errorf("waiting for commands: %w", os.ErrClosed)
+		}
+		var count [4]byte
+		_, err = unix.Read(u.fd, count[:])
+		switch {
+		case err == nil:
+			return nil
+		case !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR):
+			return fmt.Errorf("waiting for commands: reading %s: %w", u.name, err)
+		}
 	}
-	return nil
 }
 
 // Ring has the kernel look at completions.
 func (u *uio) Ring() error {
 	var any [4]byte
-	binary.NativeEndian.PutUint32(any[:], 0)
-	if _, err := u.f.Write(any[:]); err != nil {
-		return fmt.Errorf("telling the kernel of completions: %w", err)
+	for {
+		_, err := unix.Write(u.fd, any[:])
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return fmt.Errorf("telling the kernel of completions: writing %s: %w", u.name, err)
+		}
+	}
+}
+
+// stop ends Wait, now and for ever.
+func (u *uio) stop() error {
+	one := binary.NativeEndian.AppendUint64(nil, 1)
+	if _, err := unix.Write(u.end, one); err != nil {
+		return fmt.Errorf("stopping %s: %w", u.name, err)
 	}
 	return nil
 }
 
-// stop ends Wait.
-func (u *uio) stop() error {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.closed {
-		return nil
-	}
-	u.closed = true
-	return u.f.Close()
-}
-
-// release unmaps the memory. Nothing uses it any more.
+// release closes the device and unmaps its memory. Nothing uses them any more.
 func (u *uio) release() error {
-	return errors.Join(u.stop(), unix.Munmap(u.mem))
+	return errors.Join(unix.Munmap(u.mem), unix.Close(u.fd), unix.Close(u.end))
 }
