@@ -24,7 +24,7 @@ UNIT      = $$(go list ./... | grep -vE '/test/(interop|qemunbd|hostile|weakness
 MODELS    = ./block ./qcow2/internal/bitmap ./qcow2/internal/format ./test/model
 
 .PHONY: help build install install-links test test-long demo bench bench-commands fuzz-long peers format vet staticcheck cross unit race race-long fuzz model \
-	test-vm interop hostile weakness coverage coverage-table crash crash-long fault fio kill soak soak-short mutation mutation-ci clean
+	test-vm vm-short bench-vm interop hostile weakness coverage coverage-table crash crash-long fault fio kill soak soak-short mutation mutation-ci clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -57,7 +57,7 @@ install-links: ## qemu-img, qemu-io and qemu-nbd as other names of drover, where
 	for name in qemu-img qemu-io qemu-nbd; do ln -sf drover '$(DESTDIR)$(BINDIR)'/$$name; done
 
 # Each rung says how long it took: CI is to stay below 25 minutes.
-RUNGS = peers format vet staticcheck unit race cross fuzz model interop hostile weakness coverage crash fault kill fio soak-short mutation-ci
+RUNGS = peers format vet staticcheck unit race cross fuzz model interop hostile weakness coverage crash fault kill fio vm-short soak-short mutation-ci
 
 test: ## everything that CI runs
 	@for rung in $(RUNGS); do \
@@ -165,7 +165,15 @@ soak-short: build
 
 test-vm: build ## drover tcmu beside the kernel's SCSI target, in a virtual machine; needs neither root nor KVM
 	PEERS=vm test/peers.sh
-	DROVER_VM=1 go test -count=1 -timeout 40m -v ./test/vm
+	DROVER_VM=1 go test -count=1 -timeout 60m -v ./test/vm
+
+vm-short: build ## what of test-vm takes three minutes
+	@PEERS=vm test/peers.sh || { [ "$${CI:-}" != true ] && echo "going on; tests that lack something are skipped"; }
+	DROVER_VM=short go test -count=1 -timeout 15m -v ./test/vm
+
+bench-vm: build ## drover tcmu beside tcmu-runner and the kernel's file backstore in one boot; writes out/bench-vm.md
+	PEERS=vm test/peers.sh
+	go run ./test/vm/bench -drover bin/drover -markdown out/bench-vm.md $(BENCH_FLAGS)
 
 mutation: ## break the engine in every known way and demand that a test notices; writes out/mutation.md
 	mkdir -p out

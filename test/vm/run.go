@@ -33,8 +33,8 @@ type Job struct {
 	Tools    string
 	DiskSize string // of the guest's disk; empty: 1536M
 	Memory   int    // of the guest in MiB; 0: 1536
-	// Count has the guest's clock count instructions, four nanoseconds each, and not the host's time: then what else the host
-	// does changes no figure. Both processors share one thread of the host.
+	// Count has the guest's clock count instructions, a nanosecond each, and not the host's time: then what else the host
+	// does changes no figure. The guest has one processor.
 	Count bool
 }
 
@@ -74,11 +74,11 @@ func (vm *VM) Run(ctx context.Context, j Job) ([]Result, error) {
 		return nil, err
 	}
 	var console strings.Builder
-	accel := []string{"-accel", "tcg,thread=multi"}
+	processor := []string{"-accel", "tcg,thread=multi", "-smp", "2"}
 	if j.Count {
-		accel = []string{"-accel", "tcg,thread=single", "-icount", "shift=2"}
+		processor = []string{"-accel", "tcg,thread=single", "-smp", "1", "-icount", "shift=0"}
 	}
-	args := append(accel, "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(cmp.Or(j.Memory, defaultMemory)),
+	args := append(processor, "-cpu", "max", "-m", strconv.Itoa(cmp.Or(j.Memory, defaultMemory)),
 		"-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
 		// The kernel would not trust the processor's clock, and its other clocks are devices, each look at which is an exit.
 		"-kernel", vm.kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1 tsc=reliable clocksource=tsc",

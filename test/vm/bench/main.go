@@ -68,8 +68,8 @@ func run() error {
 		return err
 	}
 	params := filepath.Join(dir, "params")
-	text := fmt.Sprintf("ROUNDS=%d\nSECONDS=%d\nCONTENDERS='%s'\nSIZE=%d\nFRESH=%d\n", *rounds, *seconds, *contenders, imageSize,
-		int64(freshSize))
+	text := fmt.Sprintf("ROUNDS=%d\nSECONDS=%d\nCONTENDERS='%s'\nSIZE=%d\nFRESH=%d\nCOUNT=%t\n", *rounds, *seconds, *contenders,
+		imageSize, int64(freshSize), *count)
 	if err := os.WriteFile(params, []byte(text), 0o666); err != nil {
 		return err
 	}
