@@ -20,6 +20,7 @@ const (
 // stage is what this process was started as.
 type stage struct {
 	ready   *os.File // nil in the foreground
+	null    *os.File // opened before a sandbox may forbid it
 	sockets string   // those of a service manager that a background process has, as LISTEN_FDS
 }
 
@@ -29,6 +30,7 @@ var theStage = sync.OnceValue(func() *stage {
 	fd, err := strconv.Atoi(os.Getenv(backgroundEnv))
 	if err == nil && fd > 2 {
 		s.ready = os.NewFile(uintptr(fd), "readiness")
+		s.null, _ = os.OpenFile(os.DevNull, os.O_RDWR, 0) // without it the terminal stays
 		s.sockets = os.Getenv(passedEnv)
 	}
 	for _, name := range []string{backgroundEnv, passedEnv} {
@@ -66,8 +68,10 @@ func inForce() error {
 	if s.ready == nil {
 		return nil
 	}
-	if err := detachTerminal(); err != nil {
-		return fmt.Errorf("going into the background: %w", err)
+	if s.null != nil {
+		if err := errors.Join(detachTerminal(s.null), s.null.Close()); err != nil {
+			return fmt.Errorf("going into the background: %w", err)
+		}
 	}
 	_, err := s.ready.Write([]byte{1})
 	return errors.Join(err, s.ready.Close())
@@ -75,43 +79,55 @@ func inForce() error {
 
 // background starts this program once more, with the same arguments and, of a service manager, so many sockets. It returns
 // when that process works, or what came of it if it did not.
-func (a *app) background(args []string, sockets int) error {
-	ready, readyEnd, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	said, sayEnd, err := os.Pipe()
-	if err != nil {
-		return errors.Join(err, ready.Close(), readyEnd.Close())
+func (a *app) background(args []string, sockets int) (err error) {
+	var ours, theirs []*os.File // ends of the three pipes: readiness, output, errors
+	defer func() {
+		for _, f := range append(ours, theirs...) {
+			if cerr := f.Close(); cerr != nil && !errors.Is(cerr, os.ErrClosed) {
+				err = errors.Join(err, cerr)
+			}
+		}
+	}()
+	for range 3 {
+		r, w, err := os.Pipe()
+		if err != nil {
+			return err
+		}
+		ours, theirs = append(ours, r), append(theirs, w)
 	}
 	cmd := exec.Command(self())
 	cmd.Args = append([]string{a.name}, args...)
-	cmd.Stdout, cmd.Stderr = sayEnd, sayEnd
+	cmd.Stdout, cmd.Stderr = theirs[1], theirs[2]
 	cmd.SysProcAttr = ownSession()
 	for fd := 3; fd < 3+sockets; fd++ {
 		cmd.ExtraFiles = append(cmd.ExtraFiles, os.NewFile(uintptr(fd), "socket"))
 	}
-	cmd.ExtraFiles = append(cmd.ExtraFiles, readyEnd)
+	cmd.ExtraFiles = append(cmd.ExtraFiles, theirs[0])
 	cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d", backgroundEnv, 2+len(cmd.ExtraFiles)))
 	if sockets > 0 {
 		cmd.Env = append(cmd.Env, fmt.Sprintf("%s=%d", passedEnv, sockets))
 	}
-	err = cmd.Start()
-	// What the process has is its own now; what it says ends when it has let go of it.
-	err = errors.Join(err, readyEnd.Close(), sayEnd.Close())
-	if err != nil {
-		return errors.Join(err, ready.Close(), said.Close())
+	if err := cmd.Start(); err != nil {
+		return err
 	}
-	return a.await(cmd, ready, said)
+	// What the process has is its own now; what it says ends when it has let go of it.
+	for _, f := range theirs {
+		err = errors.Join(err, f.Close())
+	}
+	return errors.Join(err, a.await(cmd, ours[0], ours[1], ours[2]))
 }
 
 // await passes on what a process says until it works, or has ended.
-func (a *app) await(cmd *exec.Cmd, ready, said *os.File) error {
-	_, err := io.Copy(a.err, said)
+func (a *app) await(cmd *exec.Cmd, ready, output, errs *os.File) error {
+	copied := make(chan error, 1)
+	go func() {
+		_, err := io.Copy(a.out, output)
+		copied <- err
+	}()
+	_, err := io.Copy(a.err, errs)
+	err = errors.Join(err, <-copied)
 	var word [1]byte
-	n, _ := ready.Read(word[:]) // nothing if the process has ended
-	err = errors.Join(err, ready.Close(), said.Close())
-	if n > 0 {
+	if n, _ := ready.Read(word[:]); n > 0 { // nothing if the process has ended
 		return errors.Join(err, cmd.Process.Release())
 	}
 	var exit *exec.ExitError

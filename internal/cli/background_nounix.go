@@ -19,6 +19,6 @@ func self() string {
 
 func ownSession() *syscall.SysProcAttr { return nil }
 
-func detachTerminal() error { return errors.New("going into the background needs a Unix") }
+func detachTerminal(*os.File) error { return errors.New("going into the background needs a Unix") }
 
 func umask() fs.FileMode { return 0 }

@@ -26,16 +26,13 @@ func self() string {
 
 func ownSession() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setsid: true} }
 
-// detachTerminal puts nothing in place of the standard files, and leaves the folder, which somebody may want to unmount.
-func detachTerminal() error {
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
+// detachTerminal puts nothing in place of the standard files.
+func detachTerminal(null *os.File) error {
+	var err error
 	for fd := range 3 {
 		err = errors.Join(err, replaceFD(int(null.Fd()), fd))
 	}
-	return errors.Join(err, null.Close(), os.Chdir("/"))
+	return err
 }
 
 // umask is what the user masks in the modes of new files.

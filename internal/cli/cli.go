@@ -26,6 +26,7 @@ const program = "drover"
 // app is one run of the program.
 type app struct {
 	name     string // under which it was started: it stands before every message
+	args     []string
 	in       io.Reader
 	out, err io.Writer
 }
@@ -52,7 +53,7 @@ func Main(ctx context.Context, argv0 string, args []string, stdin io.Reader, std
 	base := strings.TrimSuffix(filepath.Base(argv0), ".exe")
 	all := personalities()
 	i := max(0, slices.IndexFunc(all, func(p personality) bool { return p.name == base }))
-	a := &app{name: all[i].name, in: stdin, out: stdout, err: stderr}
+	a := &app{name: all[i].name, args: args, in: stdin, out: stdout, err: stderr}
 	return a.end(all[i].run(a, ctx, args))
 }
 

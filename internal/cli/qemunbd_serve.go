@@ -277,7 +277,7 @@ func (n *qemuNBD) openImage(ctx context.Context) (block.Device, error) {
 	if n.nativeAIO && !n.source.direct {
 		return fail(errorf("aio=native was specified, but it requires cache.direct=on, which was not specified."))
 	}
-	n.source.objects = n.objects.secrets
+	n.source.objects = objectFlags{texts: n.objects.secrets.texts, others: &otherObjects{made: true, netObjects: n.objects}}
 	n.source.objects.others = &otherObjects{made: true, netObjects: n.objects}
 	n.source.policy.allowAny = true
 	if err := n.source.set(n.image); err != nil {
@@ -294,7 +294,7 @@ func (n *qemuNBD) openImage(ctx context.Context) (block.Device, error) {
 	if err != nil {
 		return fail(errors.Join(err, dev.Close()))
 	}
-	return block.WithMode(top, block.Mode{NoDiscard: n.source.noDiscard}), nil
+	return block.WithMode(top, block.Mode{NoDiscard: n.source.noDiscard, NoFlush: true}), nil
 }
 
 func (n *qemuNBD) openSnapshot(ctx context.Context, dev block.Device) (block.Device, error) {
@@ -384,7 +384,10 @@ func (n *qemuNBD) serve(ctx context.Context, l net.Listener, encryption *nbd.TLS
 			return err
 		}
 	}
-	if err = n.writePID(); err == nil {
+	if err = n.writePID(); err == nil && theStage().ready != nil {
+		err = os.Chdir("/") // somebody may want to unmount the folder that it was started in
+	}
+	if err == nil {
 		err = inForce()
 	}
 	if err != nil {

@@ -102,6 +102,9 @@ func (s *server) run(cmd *cobra.Command, args []string) (err error) {
 	if err := s.more.check(s, args); err != nil {
 		return err
 	}
+	if s.more.fork && !s.enterBackground() {
+		return s.background(s.app.args, passedSockets())
+	}
 	if s.manager, err = s.manage.start(); err != nil {
 		return err
 	}
@@ -110,7 +113,7 @@ func (s *server) run(cmd *cobra.Command, args []string) (err error) {
 	if err != nil {
 		return err
 	}
-	if config.Listeners, err = daemon.Activated(os.Getenv); err != nil {
+	if config.Listeners, err = daemon.Activated(activationEnv); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.more.cleanUp()) }()
@@ -141,6 +144,9 @@ func (s *server) run(cmd *cobra.Command, args []string) (err error) {
 	}
 	s.connect()
 	defer s.notifier.Close()
+	if err := s.more.writePID(); err != nil {
+		return errors.Join(err, d.Close())
+	}
 	if err := s.confine(&s.security, d); err != nil {
 		return err
 	}
@@ -152,6 +158,9 @@ func (s *server) run(cmd *cobra.Command, args []string) (err error) {
 	}
 	if s.more.command == "" { // which may have something to say itself
 		s.announce(d)
+	}
+	if err := inForce(); err != nil {
+		return errors.Join(err, end(), d.Close())
 	}
 	defer s.onHangup()()
 	wait, err := s.more.runCommand(ctx, s.app, d, stop)

@@ -31,6 +31,7 @@ type serveMore struct {
 	command               string
 	untilIdle             bool
 	withParent            bool
+	fork                  bool
 
 	privateDir string // of the socket that the command alone knows
 	count      idleCount
@@ -47,6 +48,7 @@ func (m *serveMore) add(f *pflag.FlagSet) {
 	f.StringVar(&m.command, "run", "",
 		"run a shell `COMMAND` with $uri (and $nbd, $unixsocket, $port), end with it and with its exit code; without an address,"+
 			" serve on a socket that it alone knows")
+	f.BoolVar(&m.fork, "fork", false, "serve in the background, without a terminal; return once it serves")
 	f.BoolVar(&m.untilIdle, "until-idle", false, "end when the last client has gone")
 	f.BoolVar(&m.withParent, "exit-with-parent", false, "end when the process that started this one ends")
 }
@@ -68,6 +70,8 @@ func (m *serveMore) check(s *server, args []string) error {
 		return usagef("--offset, --description and --connect need an IMAGE")
 	case m.offset != "" && len(s.bitmaps) > 0:
 		return usagef("--bitmap speaks of the whole disk: not with --offset")
+	case m.fork && (m.command != "" || m.withParent):
+		return usagef("--fork leaves behind what --run and --exit-with-parent are about")
 	case confined && (m.connect != "" || m.command != ""):
 		return usagef("--connect and --run need what --sandbox and --user give up")
 	case m.connect != "" && s.security.tlsCreds != "":
@@ -104,7 +108,7 @@ func (m *serveMore) adjust(e *daemon.Export, isImage bool) error {
 			if err != nil {
 				return nil, err
 			}
-			disk = im
+			disk = block.WithMode(im, block.Mode{NoFlush: true}) // what is gone at the end need not be durable before
 		}
 		if offset != 0 {
 			part, err := block.Part(disk, offset, max(disk.Size()-offset, 0)&^511)
@@ -172,12 +176,18 @@ func (m *serveMore) begin(ctx context.Context, d *daemon.Daemon, stop func()) (e
 		}
 		end = device.disconnect
 	}
-	if m.pidFile != "" {
-		if err := writePIDFile(m.pidFile); err != nil {
-			return nil, errors.Join(fmt.Errorf("writing the number of the process: %w", err), end())
-		}
-	}
 	return end, nil
+}
+
+// writePID writes the number of the process, which cannot wait until a sandbox forbids it.
+func (m *serveMore) writePID() error {
+	if m.pidFile == "" {
+		return nil
+	}
+	if err := writePIDFile(m.pidFile); err != nil {
+		return fmt.Errorf("writing the number of the process: %w", err)
+	}
+	return nil
 }
 
 // cleanUp removes what was made for the command.

@@ -177,11 +177,47 @@ func TestExitWithParent(t *testing.T) {
 	text, err := os.ReadFile(file)
 	harness.OK(t, err)
 	pid := strings.TrimSpace(string(text))
+	n, err := strconv.Atoi(pid)
+	harness.OK(t, err)
+	ended(t, n)
+}
+
+// TestFork returns once the server in the background serves, and with what is wrong if it does not.
+func TestFork(t *testing.T) {
+	peer.Need(t, "nbdinfo")
+	image := served(t)
+	dir := t.TempDir()
+	socket, file := filepath.Join(harness.SocketDir(t), "s"), filepath.Join(dir, "pid")
+	for _, args := range [][]string{nil, {"--sandbox=best-effort"}} {
+		r := harness.Drover(t, append([]string{"serve", "--fork", "--pid-file", file, "--socket", socket, image}, args...)...)
+		if r.Code != 0 || !bytes.Contains(r.Stdout, []byte("nbd+unix:")) {
+			t.Fatalf("got %s", r)
+		}
+		text, err := os.ReadFile(file)
+		harness.OK(t, err)
+		pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+		harness.OK(t, err)
+		t.Cleanup(func() { _ = syscall.Kill(pid, syscall.SIGKILL) }) // it has ended
+		harness.Must(t, "nbdinfo", "--size", "nbd+unix:///?socket="+socket)
+		if r := harness.Drover(t, "serve", "--fork", "--socket", socket+"2", image); r.Code != 1 || !bytes.Contains(r.Stderr, []byte("lock")) {
+			t.Errorf("an image in use: %s", r)
+		}
+		harness.OK(t, syscall.Kill(pid, syscall.SIGTERM))
+		ended(t, pid)
+		if _, err := os.Lstat(socket); !os.IsNotExist(err) {
+			t.Errorf("the socket is left behind (%v)", err)
+		}
+	}
+}
+
+// ended waits until a process that is nobody's child has ended.
+func ended(t *testing.T, pid int) {
+	t.Helper()
 	limit := time.After(30 * time.Second)
 	retry := time.NewTicker(10 * time.Millisecond)
 	defer retry.Stop()
 	for {
-		state, err := os.ReadFile("/proc/" + pid + "/stat")
+		state, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		if err != nil || strings.Contains(string(state), ") Z ") {
 			return
 		}

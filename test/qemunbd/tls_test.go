@@ -101,6 +101,18 @@ func TestListTLS(t *testing.T) {
 			}
 		}
 	}
+	// Each serves what it finds there, by the same credentials.
+	source := "driver=raw,file.driver=nbd,file.server.type=unix,file.server.path=" + s.socket + ",file.tls-creds=tls,file.tls-hostname=localhost"
+	var seen []string
+	for _, p := range programs {
+		again := p.serve(t, dir, "-t", "-r", "--object", object, "--image-opts", source)
+		harness.Must(t, "qemu-img", "compare", "-q", "-f", "raw", "-F", "raw", again.uri(""), filepath.Join(dir, "disk.raw"))
+		seen = append(seen, again.info(""))
+		again.stop()
+	}
+	if seen[0] != seen[1] {
+		t.Errorf("stock %s\nours  %s", seen[0], seen[1])
+	}
 	s.stop()
 }
 
