@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/qcow1"
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 )
@@ -244,6 +245,9 @@ func readInfo(ctx context.Context, file storage.File, path, format string) (*ima
 	if n := file.Stat().Allocated; n >= 0 {
 		info.ActualSize = &n
 	}
+	if format == "qcow" {
+		return info, fillQCOW1(info, file)
+	}
 	if format != "qcow2" {
 		raw, err := block.NewRaw(keepOpen{file}, block.RawOptions{ReadOnly: true})
 		if err != nil {
@@ -265,18 +269,33 @@ type keepOpen struct{ storage.File }
 
 func (keepOpen) Close() error { return nil }
 
+func fillQCOW1(info *imageInfo, file storage.File) error {
+	q, err := qcow1.ReadInfo(file)
+	if err != nil {
+		return err
+	}
+	info.VirtualSize, info.ClusterSize, info.Encrypted = q.VirtualSize, q.ClusterSize, q.Encrypted
+	info.setBacking(q.BackingFile, "")
+	return nil
+}
+
+// setBacking notes the backing file that an image names.
+func (i *imageInfo) setBacking(name, format string) {
+	if name == "" {
+		return
+	}
+	i.Backing, i.BackingFmt, i.FullBacking = name, format, name
+	if !hasProtocol(name) {
+		i.FullBacking = block.ResolveName(i.Filename, name)
+	}
+}
+
 func fillQCOW2(info *imageInfo, q *qcow2.Info) {
 	info.VirtualSize = q.VirtualSize
 	info.ClusterSize = q.ClusterSize
 	info.Dirty = q.Dirty
 	info.Encrypted = q.Encryption != nil
-	if q.BackingFile != "" {
-		info.Backing, info.BackingFmt = q.BackingFile, q.BackingFormat
-		info.FullBacking = q.BackingFile
-		if !hasProtocol(q.BackingFile) {
-			info.FullBacking = block.ResolveName(info.Filename, q.BackingFile)
-		}
-	}
+	info.setBacking(q.BackingFile, q.BackingFormat)
 	for _, s := range q.Snapshots {
 		info.Snapshots = append(info.Snapshots, snapshotJSON(s))
 	}
