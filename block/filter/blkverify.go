@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 
 	"github.com/droverproject/drover/block"
 )
@@ -62,6 +63,7 @@ func (e *MismatchError) Error() string {
 type verify struct {
 	block.Device // the disk under test
 	raw          block.Device
+	mu           sync.RWMutex // held for writing by changes: both disks have to see them in one order
 }
 
 func openVerify(ctx context.Context, n *block.Node) (block.Device, error) {
@@ -74,6 +76,13 @@ func openVerify(ctx context.Context, n *block.Node) (block.Device, error) {
 		return nil, errors.Join(err, raw.Close())
 	}
 	return named{&verify{test, raw}, n.Name, n.Driver}, nil
+}
+
+// Info implements block.Device.
+func (v *verify) Info() block.Info {
+	info := v.Device.Info()
+	info.FastZero = false
+	return info
 }
 
 // both compares the outcomes of one request on both disks.
@@ -89,6 +98,8 @@ func (v *verify) both(what string, off, n int64, fn func(block.Device) error) er
 func (v *verify) ReadAt(ctx context.Context, p []byte, off int64) error {
 	want := make([]byte, len(p))
 	buf := want
+	v.mu.RLock()
+	defer v.mu.RUnlock()
 	err := v.both("read", off, int64(len(p)), func(d block.Device) error {
 		err := d.ReadAt(ctx, buf, off)
 		buf = p
@@ -106,6 +117,8 @@ func (v *verify) ReadAt(ctx context.Context, p []byte, off int64) error {
 
 // WriteAt implements block.Device.
 func (v *verify) WriteAt(ctx context.Context, p []byte, off int64, flags block.WriteFlags) error {
+	v.mu.Lock()
+	defer v.mu.Unlock()
 	return v.both("write", off, int64(len(p)), func(d block.Device) error { return d.WriteAt(ctx, p, off, flags) })
 }
 
@@ -114,12 +127,17 @@ func (v *verify) WriteZeroes(ctx context.Context, off, n int64, flags block.Zero
 	if flags&block.ZeroFast != 0 {
 		return block.ErrNoFastZero
 	}
+	v.mu.Lock()
+	defer v.mu.Unlock()
 	return v.both("write", off, n, func(d block.Device) error { return d.WriteZeroes(ctx, off, n, flags) })
 }
 
 // Discard implements block.Device: what a discarded range reads as may differ, so nothing is discarded.
-func (v *verify) Discard(_ context.Context, off, n int64) error {
-	return block.CheckRange(off, n, v.Size())
+func (v *verify) Discard(ctx context.Context, off, n int64) error {
+	if err := block.CheckRange(off, n, v.Size()); err != nil {
+		return err
+	}
+	return v.Device.Discard(ctx, off, 0)
 }
 
 // Flush implements block.Device: only the disk under test need be durable.
