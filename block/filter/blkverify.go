@@ -75,7 +75,7 @@ func openVerify(ctx context.Context, n *block.Node) (block.Device, error) {
 	if err != nil {
 		return nil, errors.Join(err, raw.Close())
 	}
-	return named{&verify{test, raw}, n.Name, n.Driver}, nil
+	return named{&verify{Device: test, raw: raw}, n.Name, n.Driver}, nil
 }
 
 // Info implements block.Device.
