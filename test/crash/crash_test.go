@@ -8,6 +8,7 @@
 package crash
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -123,7 +124,9 @@ type workload struct {
 	im    *qcow2.Image
 	fails bool // some syncs fail
 	ids   atomic.Int64
-	also  func(*explore.Disk, *storage.MemFile) error // looks at each state, too
+	// samples, if not 0, is how many states of each family are looked at.
+	samples int
+	also    func(*explore.Disk, *storage.MemFile) error // looks at each state, too
 }
 
 func newWorkload(t *testing.T, d *explore.Disk, fails bool) *workload {
@@ -226,7 +229,8 @@ func judge(t *testing.T, w *workload, seed uint64) {
 	snapshots := snapshotContent(t, w.disk)
 	point, h := -1, history{}
 	n := 0
-	o := storage.ExploreOptions{Exhaustive: 7, PerFamily: *samples, Samples: *samples, Seed: seed}
+	most := cmp.Or(w.samples, *samples)
+	o := storage.ExploreOptions{Exhaustive: 7, PerFamily: most, Samples: most, Seed: seed}
 	err := w.file.Explorer().Explore(o, func(s storage.CrashState) error {
 		if s.Point != point {
 			point, h = s.Point, replay(w.disk, s.Marks)

@@ -330,16 +330,6 @@ func (j *Journal) Failed() {
 	j.stuck = true
 }
 
-// Reset says that everything is durable. No request runs.
-func (j *Journal) Reset() {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	j.covered.Store(j.unrecorded.Load())
-	if j.mem != nil {
-		j.clearBoth()
-	}
-}
-
 // Hold has changes not recorded for a while, by whoever makes them durable before anybody else sees them.
 func (j *Journal) Hold() {
 	j.mu.Lock()

@@ -65,7 +65,10 @@ func TestHalves(t *testing.T) {
 	expect(t, mem, 3, 4)
 	j.Done()
 	expect(t, mem, 4)
-	j.Reset()
+	for range 2 {
+		j.Cut(func() {})
+		j.Done()
+	}
 	expect(t, mem)
 	j.Append(record(5))
 	expect(t, mem, 5)
@@ -160,7 +163,6 @@ func TestHold(t *testing.T) {
 	j.Append(record(4))
 	j.Cut(func() {})
 	j.Done()
-	j.Reset()
 	expect(t, mem, 2)
 }
 
@@ -170,7 +172,10 @@ func TestTorn(t *testing.T) {
 	for i := range uint64(3) {
 		j.Append(record(i + 1))
 	}
-	j.Reset() // leaves old records behind
+	for range 2 { // leaves old records behind
+		j.Cut(func() {})
+		j.Done()
+	}
 	j.Append(record(7))
 	before := j.Snapshot()
 	j.Append(record(8))

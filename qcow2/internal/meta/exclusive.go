@@ -100,14 +100,11 @@ func (s *Store) SettleGated() error {
 	s.settling = true
 	defer func() { s.settling = false }()
 	// The first flush removes the last references; with no request running they settle at once, and the second writes
-	// the lowered counts.
+	// the lowered counts. Each clears one half of the journal.
 	for range 2 {
 		if err := s.flushGated(); err != nil {
 			return err
 		}
-	}
-	if s.journal != nil {
-		s.journal.Reset()
 	}
 	return nil
 }
