@@ -136,7 +136,7 @@ func parseObject(text string) (id string, props map[string]string, err error) {
 	}
 	kind, ok := props["qom-type"]
 	switch {
-	case !ok:
+	case !ok || kind == "":
 		return "", nil, errorf("Parameter 'qom-type' is missing")
 	case kind != "secret":
 		return "", nil, errorf("Parameter 'qom-type' does not accept value '%s'", kind)

@@ -215,6 +215,7 @@ func (a *app) runImgCommand(ctx context.Context, name string, args []string) err
 		return usagef("Command not found: %s", name)
 	}
 	root := a.rootCommand()
+	root.Use = a.name + " COMMAND [flags]"
 	root.ResetCommands()
 	root.AddCommand(a.imageCommands()...)
 	cmd, _, err := root.Find([]string{name})

@@ -303,7 +303,7 @@ func (p *ioOpener) image(o qemuio.Opening, src *source, dev block.Device) *qemui
 	}
 	if disk, ok := block.As[*qcow2.Image](dev); ok {
 		im.Compressed = compressed(block.WithMode(dev, ioMode(o)), disk)
-		im.ReadState, im.WriteState = disk.ReadVMState, disk.WriteVMState
+		im.ReadState, im.WriteState = stateIO(disk.ReadVMState), stateIO(disk.WriteVMState)
 		im.Truncate = func(ctx context.Context, size int64, mode string) error { return truncateImage(ctx, disk, size, mode) }
 	} else if _, ok := block.As[*block.Raw](dev); ok {
 		im.Truncate = func(ctx context.Context, size int64, mode string) error {
@@ -327,6 +327,17 @@ func compressed(dev block.Device, disk *qcow2.Image) func(context.Context, []byt
 		err := w.WriteCompressed(ctx, p, off)
 		if errors.Is(err, qcow2.ErrNotWholeClusters) {
 			return fmt.Errorf("%w: %w", qemuio.ErrNotWhole, err)
+		}
+		return err
+	}
+}
+
+// stateIO reads or writes machine state, where the image has a place for it.
+func stateIO(do func(context.Context, []byte, int64) error) func(context.Context, []byte, int64) error {
+	return func(ctx context.Context, p []byte, off int64) error {
+		err := do(ctx, p, off)
+		if errors.Is(err, qcow2.ErrNoVMState) {
+			return fmt.Errorf("%w: %w", qemuio.ErrNotSupported, err)
 		}
 		return err
 	}

@@ -157,7 +157,7 @@ func (s *Shell) start(im *Image, off, n int64, do func() error, tell func(error,
 }
 
 func runBreak(s *Shell, _ context.Context, _ command, words []string) error {
-	err := errNotSupported
+	err := ErrNotSupported
 	if s.image.Break != nil {
 		err = s.image.Break.Break(words[1], words[2])
 	}
@@ -168,7 +168,7 @@ func runBreak(s *Shell, _ context.Context, _ command, words []string) error {
 }
 
 func runRemoveBreak(s *Shell, _ context.Context, _ command, words []string) error {
-	err := errNotSupported
+	err := ErrNotSupported
 	if s.image.Break != nil {
 		err = s.image.Break.RemoveBreak(words[1])
 	}
@@ -179,7 +179,7 @@ func runRemoveBreak(s *Shell, _ context.Context, _ command, words []string) erro
 }
 
 func runResume(s *Shell, _ context.Context, _ command, words []string) error {
-	err := errNotSupported
+	err := ErrNotSupported
 	if s.image.Break != nil {
 		err = s.image.Break.Resume(words[1])
 	}
@@ -192,7 +192,7 @@ func runResume(s *Shell, _ context.Context, _ command, words []string) error {
 // runWaitBreak waits until a request has stopped. An image without breakpoints would make it wait for ever.
 func runWaitBreak(s *Shell, ctx context.Context, _ command, words []string) error {
 	if s.image.Break == nil {
-		return s.failf("Could not wait for breakpoint: %s", reason(errNotSupported))
+		return s.failf("Could not wait for breakpoint: %s", reason(ErrNotSupported))
 	}
 	if err := s.image.Break.WaitBreak(ctx, words[1]); err != nil {
 		return fmt.Errorf("waiting for breakpoint %s: %w", strings.TrimSpace(words[1]), err)

@@ -64,7 +64,7 @@ func runRead(s *Shell, ctx context.Context, c command, words []string) error {
 	read := s.image.ReadAt
 	if r.has('b') {
 		if read = s.image.ReadState; read == nil {
-			return s.failf("read failed: %s", reason(errNotSupported))
+			return s.failf("read failed: %s", reason(ErrNotSupported))
 		}
 	}
 	buf := make([]byte, r.n)
@@ -294,14 +294,14 @@ func (s *Shell) write(ctx context.Context, f *flags, buf []byte, off, n int64) e
 	switch {
 	case f.has('b'):
 		if im.WriteState == nil {
-			return errNotSupported
+			return ErrNotSupported
 		}
 		return im.WriteState(ctx, buf, off)
 	case f.has('z'):
 		return im.WriteZeroes(ctx, off, n, f.zeroFlags())
 	case f.has('c'):
 		if im.Compressed == nil {
-			return errNotSupported
+			return ErrNotSupported
 		}
 		return im.Compressed(ctx, buf, off)
 	}

@@ -219,7 +219,7 @@ func reason(err error) string {
 func errnoOf(err error) syscall.Errno {
 	var errno syscall.Errno
 	switch {
-	case errors.Is(err, errNotSupported), errors.Is(err, block.ErrNoFastZero):
+	case errors.Is(err, ErrNotSupported), errors.Is(err, block.ErrNoFastZero):
 		return syscall.ENOTSUP
 	case errors.Is(err, block.ErrNoCompression):
 		return syscall.ENOTSUP
@@ -238,7 +238,8 @@ func errnoOf(err error) syscall.Errno {
 // ErrNotWhole is wrapped by the errors of Image.Compressed for a range that cannot be compressed by itself.
 var ErrNotWhole = errors.New("range is not made of whole units")
 
-var errNotSupported = errors.New("not supported by this image")
+// ErrNotSupported is wrapped by the errors of an Image's functions for what this image cannot do.
+var ErrNotSupported = errors.New("not supported by this image")
 
 // capital makes a number's text begin as the C library's does.
 func capital(text string) string { return strings.ToUpper(text[:1]) + text[1:] }
