@@ -22,7 +22,7 @@ type Ref struct {
 	Name  string // as the image stores it
 	Path  string // Name resolved against the folder of Image, not cleaned; empty when Protocol is set
 	Image string // path of the image that holds the reference
-	Top   string // path of the image that the user named, at the top of the chain
+	Top   string // path of the image that the user named, at the top of the chain; empty when it is not in a file
 	// Protocol is what stands before the colon when Name is not a plain file name: "json", "nbd", "https".
 	Protocol string
 }
@@ -95,6 +95,9 @@ func BelowImageFolder() Policy {
 	return policyFunc(func(r Ref) (Grant, error) {
 		if err := refuseProtocol(r); err != nil {
 			return Grant{}, err
+		}
+		if r.Top == "" {
+			return Grant{}, &PolicyError{Ref: r, Rule: "an image that is not in a folder may refer to no file", Flag: flagsFor(r.Path)}
 		}
 		root := filepath.Dir(r.Top)
 		if g, ok := below(root, r.Path); ok {

@@ -162,7 +162,9 @@ func (f *null) NextStatus(off int64) (end int64, data, zero bool, err error) {
 func (f *null) Lock(storage.LockMode) error { return nil }
 
 // Stat implements storage.File.
-func (f *null) Stat() storage.Info { return storage.Info{Name: f.name, ReadOnly: f.readOnly, Device: true, Align: 1} }
+func (f *null) Stat() storage.Info {
+	return storage.Info{Name: f.name, ReadOnly: f.readOnly, Device: true, Align: 1}
+}
 
 // Close implements storage.File.
 func (f *null) Close() error { return nil }
