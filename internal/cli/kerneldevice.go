@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
 	"sync"
@@ -72,7 +73,9 @@ func (d *kernelDevice) connect(cfg nbddev.Config, fds []int) (err error) {
 	d.control, err = nbddev.Open()
 	if errors.Is(err, nbddev.ErrUnsupported) && d.name != "" {
 		d.control = nil
-		d.old, err = nbddev.ConnectOld(d.name, cfg, fds)
+		if d.old, err = nbddev.ConnectOld(d.name, cfg, fds); errors.Is(err, fs.ErrNotExist) {
+			err = fmt.Errorf("%w: %w", nbddev.ErrUnsupported, err)
+		}
 		return err
 	}
 	if err != nil {

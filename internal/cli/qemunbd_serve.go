@@ -156,8 +156,8 @@ func (n *qemuNBD) listenAt(ctx context.Context) (net.Listener, error) {
 		}
 		return l, nil
 	}
-	addr := net.JoinHostPort(n.host(), n.portNumber())
-	l, err := daemon.Listen(ctx, daemon.Address{TCP: addr})
+	l, err := daemon.Listen(ctx, daemon.Address{TCP: net.JoinHostPort(n.host(), n.portNumber())})
+	addr := n.host() + ":" + n.portNumber()
 	var dns *net.DNSError
 	var in *net.AddrError
 	switch {

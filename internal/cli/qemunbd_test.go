@@ -230,3 +230,27 @@ func TestNetObjects(t *testing.T) {
 		}
 	}
 }
+
+// FuzzNetObjects makes objects of whatever a command line holds: it is refused, or decides.
+func FuzzNetObjects(f *testing.F) {
+	for _, text := range []string{
+		"authz-list,id=a,rules.0.match=CN=b*,rules.0.policy=allow,rules.0.format=glob", "authz-simple,id=a,identity=x", "tls-creds-psk,id=a,dir=/",
+		`{"qom-type":"authz-list","id":"a","rules":[{"match":"[\\*","policy":"deny","format":"glob"}]}`, `{"a":[[{"b":null}]]}`, "iothread,id=a",
+	} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		if strings.Contains(text, "file") || strings.Contains(text, "secret") || strings.Contains(text, "x509") {
+			t.Skip("it may name files of this host")
+		}
+		var o netObjects
+		if o.add(text) != nil {
+			return
+		}
+		for _, allow := range o.authz {
+			if allow("CN=b,O=x") != allow("CN=b,O=x") {
+				t.Error("it cannot decide")
+			}
+		}
+	})
+}
