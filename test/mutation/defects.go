@@ -48,12 +48,15 @@ const (
 	keySlots  = "luks/volume.go"
 	layout    = "qcow2/internal/format/layout.go"
 	entries   = "qcow2/internal/format/entries.go"
-	commit    = "image/commit.go"
-	rebase    = "image/rebase.go"
-	vmState   = "qcow2/vmstate.go"
-	journals  = "qcow2/internal/journal/journal.go"
-	journaled = "qcow2/journal.go"
-	restore   = "qcow2/internal/meta/restore.go"
+
+	compactMove = "qcow2/compactmove.go"
+	relocate    = "qcow2/internal/meta/relocate.go"
+	commit      = "image/commit.go"
+	rebase      = "image/rebase.go"
+	vmState     = "qcow2/vmstate.go"
+	journals    = "qcow2/internal/journal/journal.go"
+	journaled   = "qcow2/journal.go"
+	restore     = "qcow2/internal/meta/restore.go"
 
 	repair     = "qcow2/internal/check/repair.go"
 	rebuild    = "qcow2/internal/check/rebuild.go"
@@ -167,6 +170,31 @@ var Defects = []Defect{
 		"	if err := s.mark.write(true); err != nil {\n		return err\n	}\n", ""},
 	{"lazy-never-settles", "postponed counts are never written", dirty,
 		"	if !s.mark.lazy || s.settling {", "	if !s.mark.lazy {"},
+
+	// Compaction.
+	{"compact-beside-writers", "a cluster is moved while a request writes to its old place", exclusive,
+		"	if err := s.Epochs.Quiesce(); err != nil {\n		return err\n	}\n	defer s.Epochs.Resume()\n	return fn()\n", "	return fn()\n"},
+	{"compact-leaks", "the old place of a cluster that was moved is never freed", compactMove,
+		"	im.meta.Refs.Retire(meta.Retired{ClusterRun: meta.ClusterRun{First: r.Cluster, N: 1}, Cause: meta.CauseOther})\n", ""},
+	{"compact-frees-at-once", "the old place of a cluster is free before the new one is durable", compactMove,
+		"	im.meta.Refs.Retire(meta.Retired{ClusterRun: meta.ClusterRun{First: r.Cluster, N: 1}, Cause: meta.CauseOther})\n",
+		"	_ = im.meta.Refs.Release(meta.ClusterRun{First: r.Cluster, N: 1})\n"},
+	{"compact-keeps-ciphertext", "sectors that are encrypted by their place are moved as they are", compactMove,
+		"	if im.crypt != nil && im.crypt.byHost {\n		off :=", "	if im.crypt != nil && im.crypt.cipher == nil {\n		off :="},
+	{"compact-keeps-shared-streams", "compressed data that was moved keeps its old reference", compactMove,
+		"	old.add(im.lay, r.Entry, meta.CauseOther)\n", ""},
+	{"relocate-before-counts", "entries lead to places whose counts are not durable", relocate,
+		"	if err := s.SettleGated(); err != nil {\n		return false, r.undo(err)\n	}\n", ""},
+	{"relocate-before-content", "entries lead to places whose content is not durable", relocate,
+		"	if err := s.SettleGated(); err != nil {\n		return false, r.undo(err)\n	}\n	if err := s.SyncNow(); err != nil {\n		return false, r.undo(err)\n	}\n", ""},
+	{"relocate-frees-early", "the old place is freed before every entry has durably left it", relocate,
+		"	if err := s.SyncNow(); err != nil {\n		return true, err\n	}\n	for _, m := range r.moves {\n		if err := s.drop", "	for _, m := range r.moves {\n		if err := s.drop"},
+	{"relocate-counts-one", "a place that several trees refer to is counted once", relocate,
+		"	if err := s.raise(m.to, n-1); err != nil {\n		return false, err\n	}\n	to :=", "	to :="},
+	{"compact-under-views", "the clusters of a snapshot that is open are moved", compactMove,
+		"		if im.views.any() && inSnapshot(refs) {", "		if c == nil && inSnapshot(refs) {"},
+	{"compact-cuts-too-much", "the end of the file is cut off with what could not be moved", row,
+		"	most := int64(s.Layout.Offset(end))\n", "	most := int64(s.Layout.Offset(end - min(end, 1)))\n"},
 
 	// Reclaim.
 	{"reuse-at-once", "a cluster is free before the removal of its last reference is durable", writer,
