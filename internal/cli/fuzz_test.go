@@ -133,7 +133,7 @@ func FuzzExport(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		s := server{app: &app{out: &bytes.Buffer{}, err: &bytes.Buffer{}}, exports: []string{text}}
+		s := server{app: &app{out: &bytes.Buffer{}, err: &bytes.Buffer{}}, manager: new(manager), exports: []string{text}}
 		config, err := s.config(nil)
 		if err != nil {
 			mustSay(t, text, err)
