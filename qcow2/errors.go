@@ -24,6 +24,9 @@ type CorruptError = meta.CorruptError
 // ReadOnlyError is returned by Open for an image that can be read but not written, with the reasons.
 type ReadOnlyError struct{ Reasons []string }
 
+// ReasonCorrupt is the reason of a ReadOnlyError for an image that is marked corrupt.
+const ReasonCorrupt = "it is marked corrupt"
+
 func (e *ReadOnlyError) Error() string {
 	return fmt.Sprintf("cannot be opened for writing: %s (open it read-only)", strings.Join(e.Reasons, "; "))
 }

@@ -328,7 +328,7 @@ func (im *Image) refuse(o Options) error {
 		why string
 	}{
 		{im.file.Stat().ReadOnly, "the file is read-only"},
-		{h.Incompat&format.IncompatCorrupt != 0, "it is marked corrupt"},
+		{h.Incompat&format.IncompatCorrupt != 0, ReasonCorrupt},
 		{im.lay.DataFile && h.SnapshotCount > 0, "it has both an external data file and internal snapshots"},
 		{im.lay.DataFile && o.DataFile.Stat().ReadOnly, "the external data file is read-only"},
 		{im.raw() && h.CryptMethod != format.CryptNone, "it is encrypted, and its external data file is to be a raw image"},

@@ -13,8 +13,15 @@ const guessedRaw = `WARNING: Image format was not specified for '%s' and probing
          Specify the 'raw' format explicitly to remove the restrictions.
 `
 
-// tellRepair tells of an image that was repaired because it was not closed cleanly.
-func (a *app) tellRepair(name string, r block.Repair) { a.say("%s: %v", name, r) }
+// tellRepair tells of an image that was repaired because it was not closed cleanly. The programs that drover stands in for
+// say nothing when there was nothing to repair.
+func (a *app) tellRepair(name string, r block.Repair) {
+	nothing := r.Errors == 0 && r.Leaks == 0 && r.ErrorsLeft == 0 && r.LeaksLeft == 0 && len(r.Notes) == 0
+	if nothing && a.name != program {
+		return
+	}
+	a.say("%s: %v", name, r)
+}
 
 // openDevice opens the disk inside an image, with the images below it.
 func (a *app) openDevice(ctx context.Context, src *source, readOnly bool) (block.Device, error) {

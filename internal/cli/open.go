@@ -195,6 +195,7 @@ func reason(name string, err error) string {
 	}
 	var unknown *block.UnknownFormatError
 	var unreachable *client.ConnectError
+	var readOnly *qcow2.ReadOnlyError
 	switch {
 	case errors.As(err, &unreachable):
 		return unreachable.Error()
@@ -202,6 +203,8 @@ func reason(name string, err error) string {
 		return lock.Error()
 	case errors.As(err, &unknown):
 		return fmt.Sprintf("Unknown driver '%s'", unknown.Name)
+	case errors.As(err, &readOnly) && slices.Contains(readOnly.Reasons, qcow2.ReasonCorrupt):
+		return "qcow2: Image is corrupt; cannot be opened read/write"
 	case errors.Is(err, qcow2.ErrWrongKey):
 		return qcow2.ErrWrongKey.Error()
 	case errors.Is(err, storage.ErrFileType):

@@ -305,7 +305,7 @@ func (p *ioOpener) image(o qemuio.Opening, src *source, dev block.Device) *qemui
 		im.Compressed = compressed(block.WithMode(dev, ioMode(o)), disk)
 		im.ReadState, im.WriteState = stateIO(disk.ReadVMState), stateIO(disk.WriteVMState)
 		im.Truncate = func(ctx context.Context, size int64, mode string) error { return truncateImage(ctx, disk, size, mode) }
-	} else if _, ok := block.As[*block.Raw](dev); ok {
+	} else if _, ok := block.As[*block.Raw](dev); ok && isFile(src.node) {
 		im.Truncate = func(ctx context.Context, size int64, mode string) error {
 			changed, err := p.truncateRaw(ctx, o, src, im.Device, size, mode)
 			if changed != nil {
@@ -315,6 +315,15 @@ func (p *ioOpener) image(o qemuio.Opening, src *source, dev block.Device) *qemui
 		}
 	}
 	return im
+}
+
+// isFile reports whether a node is a file, as it is or with a format of its own.
+func isFile(node block.Options) bool {
+	at := node
+	if len(node.Sub("file")) > 0 {
+		at = node.Sub("file")
+	}
+	return at["driver"] == "" || at["driver"] == "file" || at["driver"] == "host_device"
 }
 
 // compressed writes compressed clusters, by the mode of dev if it passes them on.
@@ -378,6 +387,12 @@ func truncateImage(ctx context.Context, im *qcow2.Image, size int64, preallocati
 func (p *ioOpener) truncateRaw(
 	ctx context.Context, o qemuio.Opening, src *source, dev block.Device, size int64, preallocation string,
 ) (block.Device, error) {
+	if _, ok := src.node["size"]; ok {
+		return nil, errorf("Cannot resize fixed-size raw disks")
+	}
+	if _, ok := src.node["offset"]; ok {
+		return nil, errorf("Cannot resize a part of a file")
+	}
 	if err := dev.Close(); err != nil {
 		return nil, err
 	}
@@ -447,8 +462,15 @@ func describeDisk(ctx context.Context, a *app, dev block.Device) error {
 		}
 		cluster, detail, state = info.ClusterSize, info, im.VMStateOffset()
 	}
-	a.printf("format name: %s\ncluster size: %s\nvm state offset: %s\n",
-		dev.Info().Format, qemuio.Size(cluster), qemuio.Size(state))
+	name := dev.Info().Format
+	a.printf("format name: %s\n", name)
+	if slices.Contains([]string{"file", "host_device", "null-co", "null-aio"}, name) {
+		a.printf("format name: %s\n", name) // of the protocol, which is the same
+	}
+	if strings.HasPrefix(name, "null-") {
+		return nil // nothing more is known of it
+	}
+	a.printf("cluster size: %s\nvm state offset: %s\n", qemuio.Size(cluster), qemuio.Size(state))
 	if detail == nil {
 		return nil
 	}

@@ -114,6 +114,8 @@ func ioImages(t *testing.T) map[string]string {
 	if err := os.Truncate("raw", 1000001); err != nil {
 		t.Fatal(err)
 	}
+	edit(t, "disk", "corrupt", 79, 2)
+	edit(t, "disk", "dirty", 79, 1)
 	put(t, "nothing", "")
 	put(t, "pattern", "abcdefg")
 	return files(t, dir)
@@ -289,7 +291,7 @@ func TestIOCommandsLikeQEMU(t *testing.T) {
 		{commands: "break l2_load A; break nosuch A; aio_write 0 512; wait_break A; resume A; resume A; aio_flush; remove_break A", file: "blkdebug::disk"},
 		{commands: "break write_aio A; aio_write 0 512; wait_break A; remove_break B; resume A; aio_flush; resume A", args: "-f qcow2", file: "blkdebug::disk"},
 		{commands: "break write_aio A; break write_aio B; remove_break B; remove_break A; write 0 512", args: "-f qcow2", file: "blkdebug::disk"},
-		{commands: "break read_aio A; aio_read 0 512; wait_break A; aio_read 64k 512; resume A; aio_flush", args: "-f qcow2", file: "blkdebug::disk"},
+		{commands: "break read_aio A; aio_read 0 512; wait_break A; resume A; aio_flush", args: "-f qcow2", file: "blkdebug::disk"},
 		{commands: "break cluster_alloc A; aio_write 256k 512; wait_break A; aio_write 300k 1k; resume A; aio_flush", args: "-f qcow2", file: "blkdebug::disk"},
 		// the shell
 		{commands: "nosuch; rv 0 1; s; m; h; x; ?; help; help nosuch; help a b", file: "disk"},
@@ -361,6 +363,14 @@ func TestIOOpeningLikeQEMU(t *testing.T) {
 		{commands: "read 0 64k; map; write -c 1M 64k; discard 0 64k; map", args: "-C", file: "over"},
 		{commands: "read 0 512; map", args: "-sC", file: "over"},
 		{commands: "read 0 1M", args: "-C", file: "disk"},
+		{commands: "info; truncate 2M; write -b 0 512; write -c 0 512; length", args: "--image-opts", file: "driver=null-co,size=1M"},
+		{commands: "info; length; write 0 512; truncate 1M; length", args: "-f file", file: "raw"},
+		{commands: "read 0 512; length; truncate 1M; length", args: "--image-opts", file: "driver=raw,offset=512,size=64k,file.driver=file,file.filename=raw"},
+		{commands: "length; read 0 1", args: "--image-opts", file: "driver=qcow2,file.driver=blkdebug,file.inject-error.0.event=read_aio,file.image.filename=disk"},
+		{commands: "length; open -r corrupt; length", file: "corrupt"},
+		{commands: "length; write 0 1", file: "dirty"},
+		{commands: "length; map", args: "--image-opts", file: "driver=qcow2,file.filename=over,backing.driver=raw,backing.file.filename=disk"},
+		{commands: "length; map", file: "json:{\"driver\":\"qcow2\",\"file\":{\"driver\":\"file\",\"filename\":\"disk\"}}"},
 		{commands: "open -C over; read 0 512; map; close; open -rC over"},
 		{commands: "read 0 1", args: "--object secret,id=a,data=x", file: "disk"},
 		{commands: "read 0 1", args: "--object bad,id=a,data=x", file: "disk"},
