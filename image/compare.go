@@ -140,13 +140,20 @@ func sameStatus(a, b block.Extent) bool {
 	return a.Data == b.Data && a.Allocated == b.Allocated && a.Zero == b.Zero && a.HasHost == b.HasHost
 }
 
+// comparePiece is how much one goroutine compares, and compareStep how much of it at a time: what two of those take fits into
+// a processor's cache.
+const (
+	comparePiece = 4 << 20
+	compareStep  = 256 << 10
+)
+
 // emitPieces cuts a range into pieces.
 func emitPieces(emit func(*piece) bool, off, n int64, kind uint8) bool {
 	if kind == compareSkip {
 		return emit(&piece{off: off, n: n, kind: kind})
 	}
-	for end := off + n; off < end; off += pieceSize {
-		if !emit(&piece{off: off, n: min(pieceSize, end-off), kind: kind}) {
+	for end := off + n; off < end; off += comparePiece {
+		if !emit(&piece{off: off, n: min(comparePiece, end-off), kind: kind}) {
 			return false
 		}
 	}
@@ -193,36 +200,46 @@ func (c *comparer) work(ctx context.Context, p *piece) error {
 	if p.kind == compareSkip {
 		return nil
 	}
-	var read [2][]byte
-	for i := range read {
-		if p.kind == compareFirst && i == 1 || p.kind == compareSecond && i == 0 {
-			continue
-		}
-		buf := buffers.Get().(*[]byte)
-		defer buffers.Put(buf)
-		read[i] = (*buf)[:p.n]
-		if err := c.devs[i].ReadAt(ctx, read[i], p.off); err != nil {
-			return &ReadError{i, p.off, err}
-		}
-	}
-	for at := 0; at < int(p.n); at += sector {
-		end := min(at+sector, int(p.n))
-		if !sameSector(read, at, end) {
-			return &difference{ContentDiffers, p.off + int64(at)}
+	buf := buffers.Get().(*[]byte)
+	defer buffers.Put(buf)
+	for at := int64(0); at < p.n; at += compareStep {
+		if err := c.step(ctx, *buf, p.kind, p.off+at, min(compareStep, p.n-at)); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-var zeroes [sector]byte
+// step compares n bytes.
+func (c *comparer) step(ctx context.Context, buf []byte, kind uint8, off, n int64) error {
+	var read [2][]byte
+	for i := range read {
+		if kind == compareFirst && i == 1 || kind == compareSecond && i == 0 {
+			continue
+		}
+		read[i] = buf[i*compareStep:][:n]
+		if err := c.devs[i].ReadAt(ctx, read[i], off); err != nil {
+			return &ReadError{i, off, err}
+		}
+	}
+	if same(read, 0, int(n)) {
+		return nil
+	}
+	for at := 0; at < int(n); at += sector {
+		if !same(read, at, min(at+sector, int(n))) {
+			return &difference{ContentDiffers, off + int64(at)}
+		}
+	}
+	return nil
+}
 
-func sameSector(read [2][]byte, at, end int) bool {
-	a, b := zeroes[:end-at], zeroes[:end-at]
-	if read[0] != nil {
-		a = read[0][at:end]
+// same reports whether both read the same in a range; what was not read is zeroes.
+func same(read [2][]byte, at, end int) bool {
+	switch {
+	case read[0] == nil:
+		return allZero(read[1][at:end])
+	case read[1] == nil:
+		return allZero(read[0][at:end])
 	}
-	if read[1] != nil {
-		b = read[1][at:end]
-	}
-	return bytes.Equal(a, b)
+	return bytes.Equal(read[0][at:end], read[1][at:end])
 }

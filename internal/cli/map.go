@@ -1,8 +1,11 @@
 package cli
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
+	"io"
+	"strconv"
 
 	"github.com/spf13/cobra"
 
@@ -62,9 +65,12 @@ type mapper struct {
 	json       bool
 	start, max int64
 
-	pending *block.Extent
-	printed bool
-	failed  error
+	pending    block.Extent
+	hasPending bool
+	printed    bool
+	failed     error
+	to         io.Writer
+	line       []byte
 }
 
 func (m *mapper) run(cmd *cobra.Command, src *source) (err error) {
@@ -76,6 +82,10 @@ func (m *mapper) run(cmd *cobra.Command, src *source) (err error) {
 		return openError(src.name, err)
 	}
 	defer func() { err = errors.Join(err, dev.Close()) }()
+	// There may be millions of lines.
+	lines := bufio.NewWriterSize(m.out, 64<<10)
+	defer func() { err = errors.Join(err, lines.Flush()) }()
+	m.to, m.app = lines, &app{name: m.name, in: m.in, out: lines, err: m.err}
 	if m.json {
 		m.printf("[")
 	} else {
@@ -113,21 +123,21 @@ func (m *mapper) add(e block.Extent) bool {
 	if !m.json && e.Zero {
 		e.Data = false // the human form leaves out what reads as zeroes
 	}
-	if m.pending != nil && m.pending.SameState(e) {
+	if m.hasPending && m.pending.SameState(e) {
 		m.pending.Len += e.Len
 		return true
 	}
 	m.flush()
-	m.pending = &e
+	m.pending, m.hasPending = e, true
 	return m.failed == nil
 }
 
 func (m *mapper) flush() {
-	if m.pending == nil {
+	if !m.hasPending {
 		return
 	}
-	e := *m.pending
-	m.pending = nil
+	e := m.pending
+	m.hasPending = false
 	if m.json {
 		m.entry(e)
 		return
@@ -152,13 +162,22 @@ func hex(n int64) string {
 
 func (m *mapper) entry(e block.Extent) {
 	if m.printed {
-		m.printf(",\n")
+		_, _ = io.WriteString(m.to, ",\n")
 	}
 	m.printed = true
-	m.printf(`{ "start": %d, "length": %d, "depth": %d, "present": %t, "zero": %t, "data": %t`,
-		e.Off, e.Len, e.Depth, e.Allocated, e.Zero, e.Data)
-	if e.HasHost {
-		m.printf(`, "offset": %d`, e.Host)
+	b := m.line[:0]
+	for _, f := range []struct {
+		name  string
+		value int64
+	}{{`{ "start": `, e.Off}, {`, "length": `, e.Len}, {`, "depth": `, int64(e.Depth)}} {
+		b = strconv.AppendInt(append(b, f.name...), f.value, 10)
 	}
-	m.printf("}")
+	b = strconv.AppendBool(append(b, `, "present": `...), e.Allocated)
+	b = strconv.AppendBool(append(b, `, "zero": `...), e.Zero)
+	b = strconv.AppendBool(append(b, `, "data": `...), e.Data)
+	if e.HasHost {
+		b = strconv.AppendInt(append(b, `, "offset": `...), e.Host, 10)
+	}
+	m.line = append(b, '}')
+	_, _ = m.to.Write(m.line)
 }

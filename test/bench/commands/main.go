@@ -7,6 +7,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"flag"
 	"fmt"
@@ -31,30 +32,39 @@ type scenario struct {
 	Name string
 	// Image names the maker of the image that the command works on.
 	Image string
-	// Args are the command's arguments; IMAGE stands for the image's name.
-	Args []string
+	// Args are the command's arguments; IMAGE stands for the image's name, OUT for one that does not exist, RAW for that of the
+	// raw disk of files. Stock, if not nil, are those of qemu-img.
+	Args, Stock []string
+	// Copies are masters that are copied beside the image, Needs those that must be there; ReadOnly works on the master.
+	Copies, Needs []string
+	ReadOnly      bool
 	// Code is the exit code that both must have.
 	Code int
 }
 
 func scenarios() []scenario {
-	return []scenario{
-		{"snapshot -c, 1M clusters", "big", []string{"snapshot", "-c", "new", "IMAGE"}, 0},
-		{"snapshot -a, 1M clusters", "big-snapshot", []string{"snapshot", "-a", "old", "IMAGE"}, 0},
-		{"snapshot -d, 1M clusters", "big-snapshot", []string{"snapshot", "-d", "old", "IMAGE"}, 0},
-		{"check, 1M clusters", "big", []string{"check", "IMAGE"}, 0},
-		{"check, 1M clusters, snapshot", "big-snapshot", []string{"check", "IMAGE"}, 0},
-		{"check -r leaks, 1M leaks", "big-leaks", []string{"check", "-q", "-r", "leaks", "IMAGE"}, 0},
-		{"check -r all, 1M counts of 0", "big-uncounted", []string{"check", "-q", "-r", "all", "IMAGE"}, 0},
+	list := []scenario{
+		{Name: "snapshot -c, 1M clusters", Image: "big", Args: []string{"snapshot", "-c", "new", "IMAGE"}},
+		{Name: "snapshot -a, 1M clusters", Image: "big-snapshot", Args: []string{"snapshot", "-a", "old", "IMAGE"}},
+		{Name: "snapshot -d, 1M clusters", Image: "big-snapshot", Args: []string{"snapshot", "-d", "old", "IMAGE"}},
+		{Name: "check, 1M clusters", Image: "big", Args: []string{"check", "IMAGE"}},
+		{Name: "check, 1M clusters, snapshot", Image: "big-snapshot", Args: []string{"check", "IMAGE"}},
+		{Name: "check -r leaks, 1M leaks", Image: "big-leaks", Args: []string{"check", "-q", "-r", "leaks", "IMAGE"}},
+		{Name: "check -r all, 1M counts of 0", Image: "big-uncounted", Args: []string{"check", "-q", "-r", "all", "IMAGE"}},
 	}
+	return append(list, fileScenarios()...)
 }
 
-type sample struct{ wall, cpu float64 }
+type sample struct {
+	wall, cpu float64
+	rss       float64 // MiB at the most
+}
 
 func run() error {
 	drover := flag.String("drover", "bin/drover", "the drover to measure")
 	only := flag.String("cases", ".", "regular expression of the cases to run")
 	rounds := flag.Int("rounds", 7, "rounds for each case")
+	keep := flag.String("dir", "", "make the images in this folder, and keep them; those that are there are used again")
 	out := flag.String("markdown", "", "write the table to this file too")
 	flag.Parse()
 	re, err := regexp.Compile(*only)
@@ -65,15 +75,17 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp("", "drover-bench-")
-	if err != nil {
-		return err
+	dir := *keep
+	if dir == "" {
+		if dir, err = os.MkdirTemp("", "drover-bench-"); err != nil {
+			return err
+		}
+		defer os.RemoveAll(dir)
 	}
-	defer os.RemoveAll(dir)
 	var b strings.Builder
 	fmt.Fprintf(&b, "%d rounds, alternating. Medians; ratios of drover to qemu-img within one round: median (lowest to highest).\n\n", *rounds)
-	fmt.Fprintln(&b, "| command | drover | qemu-img | ratio | drover CPU | qemu-img CPU | CPU ratio |")
-	fmt.Fprintln(&b, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+	fmt.Fprintln(&b, "| command | drover | qemu-img | ratio | drover CPU | qemu-img CPU | CPU ratio | drover memory | qemu-img memory |")
+	fmt.Fprintln(&b, "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
 	for _, c := range scenarios() {
 		if !re.MatchString(c.Name) {
 			continue
@@ -94,10 +106,9 @@ func run() error {
 
 // measure runs a scenario and returns its row of the table.
 func measure(dir, drover string, c scenario, rounds int) (string, error) {
-	master := filepath.Join(dir, c.Image+".qcow2")
-	if _, err := os.Stat(master); errors.Is(err, os.ErrNotExist) {
-		if err := makers[c.Image](master); err != nil {
-			return "", fmt.Errorf("making the image: %w", err)
+	for _, name := range append(append([]string{c.Image}, c.Copies...), c.Needs...) {
+		if err := made(filepath.Join(dir, name)); err != nil {
+			return "", err
 		}
 	}
 	tools := []string{drover, "qemu-img"}
@@ -105,7 +116,7 @@ func measure(dir, drover string, c scenario, rounds int) (string, error) {
 	for round := range rounds {
 		for i := range tools {
 			k := (i + round) % len(tools) // who begins changes from round to round
-			s, err := once(dir, master, tools[k], c)
+			s, err := once(dir, tools[k], k == 1, c)
 			if err != nil {
 				return "", err
 			}
@@ -114,38 +125,58 @@ func measure(dir, drover string, c scenario, rounds int) (string, error) {
 	}
 	wall := func(s sample) float64 { return s.wall }
 	cpu := func(s sample) float64 { return s.cpu }
-	return fmt.Sprintf("| %s | %.3f s | %.3f s | %s | %.3f s | %.3f s | %s |", c.Name, median(got[0], wall), median(got[1], wall),
-		ratios(got, wall), median(got[0], cpu), median(got[1], cpu), ratios(got, cpu)), nil
+	rss := func(s sample) float64 { return s.rss }
+	return fmt.Sprintf("| %s | %.3f s | %.3f s | %s | %.3f s | %.3f s | %s | %.0f MiB | %.0f MiB |", c.Name, median(got[0], wall),
+		median(got[1], wall), ratios(got, wall), median(got[0], cpu), median(got[1], cpu), ratios(got, cpu), median(got[0], rss),
+		median(got[1], rss)), nil
 }
 
-// once runs the command on a fresh copy.
-func once(dir, master, tool string, c scenario) (sample, error) {
-	image := filepath.Join(dir, "work.qcow2")
-	defer os.Remove(image)
-	if err := command("cp", "--sparse=always", master, image); err != nil {
+// once runs the command on a fresh copy, or on the master that it only reads.
+func once(dir, tool string, stock bool, c scenario) (sample, error) {
+	work := filepath.Join(dir, "work")
+	defer os.RemoveAll(work)
+	if err := os.MkdirAll(work, 0o700); err != nil {
 		return sample{}, err
 	}
-	if err := command("sync", image); err != nil {
-		return sample{}, err
+	image := filepath.Join(dir, c.Image)
+	if !c.ReadOnly {
+		for _, name := range append([]string{c.Image}, c.Copies...) {
+			copied := filepath.Join(work, name)
+			if err := command("cp", "--sparse=always", filepath.Join(dir, name), copied); err != nil {
+				return sample{}, err
+			}
+			if err := command("sync", copied); err != nil {
+				return sample{}, err
+			}
+		}
+		image = filepath.Join(work, c.Image)
 	}
 	args := slices.Clone(c.Args)
+	if stock && c.Stock != nil {
+		args = slices.Clone(c.Stock)
+	}
+	names := map[string]string{"IMAGE": image, "OUT": filepath.Join(work, "out"), "RAW": filepath.Join(dir, "files.raw")}
 	for i := range args {
-		if args[i] == "IMAGE" {
-			args[i] = image
+		if name, ok := names[args[i]]; ok {
+			args[i] = name
 		}
 	}
 	cmd := exec.Command(tool, args...)
+	var said bytes.Buffer
+	cmd.Stderr = &said
 	began := time.Now()
-	out, err := cmd.CombinedOutput()
+	err := cmd.Run()
 	wall := time.Since(began)
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		return sample{}, err
 	}
 	if code := cmd.ProcessState.ExitCode(); code != c.Code {
-		return sample{}, fmt.Errorf("%s %s: exit code %d, want %d: %s", tool, strings.Join(args, " "), code, c.Code, out)
+		return sample{}, fmt.Errorf("%s %s: exit code %d, want %d: %s", tool, strings.Join(args, " "), code, c.Code, said.String())
 	}
-	return sample{wall.Seconds(), (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds()}, nil
+	s := sample{wall: wall.Seconds(), cpu: (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds()}
+	s.rss = peakMemory(cmd.ProcessState)
+	return s, nil
 }
 
 func median(s []sample, of func(sample) float64) float64 {
