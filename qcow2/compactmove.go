@@ -142,8 +142,11 @@ func (im *Image) paused(ctx context.Context, fn func() error) error {
 				continue
 			}
 		}
-		if errors.Is(err, meta.ErrClosed) {
+		switch {
+		case errors.Is(err, meta.ErrClosed):
 			return block.ErrClosed
+		case err == nil:
+			return im.keep(ctx)
 		}
 		return im.judge(err)
 	}
