@@ -145,10 +145,10 @@ func rawSize(length int64, o RawOptions) (int64, error) {
 	case o.Size%storage.SectorSize != 0:
 		return 0, fmt.Errorf("size %d is not a multiple of %d", o.Size, storage.SectorSize)
 	case o.Offset > length && o.Offset > whole:
-		return 0, fmt.Errorf("Offset (%d) cannot be greater than size of the containing file (%d)", o.Offset, length)
+		return 0, fmt.Errorf("Offset (%d) cannot be greater than size of the containing file (%d)", o.Offset, whole)
 	case o.Size > whole-o.Offset:
 		return 0, fmt.Errorf("The sum of offset (%d) and size (%d) has to be smaller or equal to the  actual size of the containing file (%d)",
-			o.Offset, o.Size, length)
+			o.Offset, o.Size, whole)
 	case o.Size != 0:
 		return o.Size, nil
 	}

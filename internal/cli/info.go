@@ -74,7 +74,7 @@ type imageInfo struct {
 	BackingFmt   string          `json:"backing-filename-format,omitempty"`
 	Snapshots    []jsonSnapshot  `json:"snapshots,omitempty"`
 	FormatDetail *formatSpecific `json:"format-specific,omitempty"`
-	Dirty        bool            `json:"dirty-flag"`
+	Dirty        *bool           `json:"dirty-flag,omitempty"`
 }
 
 type jsonSnapshot struct {
@@ -243,7 +243,7 @@ func readAndClose(ctx context.Context, file storage.File, path, format string) (
 func readInfo(ctx context.Context, file storage.File, path, format string) (*imageInfo, error) {
 	info := &imageInfo{Filename: path, Format: format}
 	if n := file.Stat().Allocated; n >= 0 {
-		info.ActualSize = &n
+		info.ActualSize, info.Dirty = &n, new(bool)
 	}
 	if format == "qcow" {
 		return info, fillQCOW1(info, file)
@@ -293,7 +293,7 @@ func (i *imageInfo) setBacking(name, format string) {
 func fillQCOW2(info *imageInfo, q *qcow2.Info) {
 	info.VirtualSize = q.VirtualSize
 	info.ClusterSize = q.ClusterSize
-	info.Dirty = q.Dirty
+	info.Dirty = &q.Dirty
 	info.Encrypted = q.Encryption != nil
 	info.setBacking(q.BackingFile, q.BackingFormat)
 	for _, s := range q.Snapshots {
@@ -392,7 +392,7 @@ func (a *app) printInfo(info *imageInfo) {
 	if info.ClusterSize != 0 {
 		a.printf("cluster_size: %d\n", info.ClusterSize)
 	}
-	if info.Dirty {
+	if info.Dirty != nil && *info.Dirty {
 		a.printf("cleanly shut down: no\n")
 	}
 	if info.Backing != "" {
