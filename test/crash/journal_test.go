@@ -118,6 +118,7 @@ func (k killed) clone() killed {
 
 // run is a disk with a journal that is used until it is killed, at many moments at once.
 type journalRun struct {
+	t     *testing.T
 	disk  *explore.Disk
 	files []*storage.MemFile
 	im    *qcow2.Image
@@ -185,7 +186,7 @@ func (w *journalRun) do(r *rand.Rand) error {
 // newJournalRun opens a disk with room for so many records in a half.
 func newJournalRun(t *testing.T, d *explore.Disk, records int) *journalRun {
 	t.Helper()
-	w := &journalRun{disk: d, files: d.Files(), life: life{left: -1}}
+	w := &journalRun{t: t, disk: d, files: d.Files(), life: life{left: -1}}
 	opened := *d
 	opened.Journal = journalOf(newMemory(records), func(r qcow2.JournalReport) { t.Errorf("new memory held %+v", r) })
 	if len(w.files) > 1 {
@@ -252,35 +253,14 @@ func TestJournalKills(t *testing.T) {
 
 // TestJournalKilledInOperations: nor is anything lost by a kill in the middle of an operation on the whole image.
 func TestJournalKilledInOperations(t *testing.T) {
-	ctx := context.Background()
-	type operation struct {
-		name string
-		run  func(im *qcow2.Image) error
-	}
-	operations := []operation{
-		{"snapshot", func(im *qcow2.Image) error { _, err := im.CreateSnapshot(ctx, "s"); return err }},
-		{"resize", func(im *qcow2.Image) error {
-			return im.Resize(ctx, 4<<20, qcow2.ResizeOptions{Preallocation: qcow2.PreallocMetadata})
-		}},
-		{"delete", func(im *qcow2.Image) error { return im.DeleteSnapshot(ctx, "s") }},
-		{"compact", func(im *qcow2.Image) error { _, err := im.Compact(ctx, qcow2.CompactOptions{}); return err }},
-	}
-	for _, start := range []explore.Start{
-		{Name: "tiny clusters", Create: qcow2.CreateOptions{ClusterSize: 512, RefcountBits: 64, Size: 96 << 10}},
-		{Name: "4k", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10}},
-		{Name: "subclusters", Create: qcow2.CreateOptions{ClusterSize: 16384, Size: 160 << 10, ExtendedL2: true}},
-	} {
+	for _, start := range wholeStarts {
 		t.Run(start.Name, func(t *testing.T) {
 			t.Parallel()
 			d := start.Make(t)
 			r := rand.New(rand.NewPCG(*seed0, 9))
 			w := newJournalRun(t, d, 300)
-			for _, o := range operations {
-				for range 12 {
-					if err := w.do(r); err != nil {
-						t.Fatal(err)
-					}
-				}
+			for _, o := range wholeOperations() {
+				w.doSome(r, 12)
 				w.life.mu.Lock()
 				w.life.before = w.kill
 				w.life.mu.Unlock()
@@ -291,23 +271,99 @@ func TestJournalKilledInOperations(t *testing.T) {
 				if err != nil {
 					t.Fatalf("%s: %v", o.name, err)
 				}
-				for n, state := range w.kills {
-					h := replay(d, state.marks)
-					if _, err := bringBack(d, state, -1, nil); err != nil {
-						t.Fatalf("%s, kill %d of %d: %v", o.name, n, len(w.kills), err)
-					}
-					if err := lives(d, state, h, false); err != nil {
-						t.Fatalf("%s, kill %d of %d: %v", o.name, n, len(w.kills), err)
-					}
-					total.Add(1)
-				}
-				w.kills = nil
+				w.judgeKills(o.name)
 			}
 			if err := w.im.Close(); err != nil {
 				t.Fatal(err)
 			}
 		})
 	}
+}
+
+// TestJournalAfterFailedOperations: nor by a kill after one that failed.
+func TestJournalAfterFailedOperations(t *testing.T) {
+	for _, start := range wholeStarts {
+		t.Run(start.Name, func(t *testing.T) {
+			t.Parallel()
+			d := start.Make(t)
+			for i, o := range wholeOperations() {
+				for at, failed := 0, true; failed && at < 40; at += 1 + at/4 {
+					r := rand.New(rand.NewPCG(*seed0, uint64(at)))
+					w := newJournalRun(t, d, 300)
+					if i == 2 { // what is deleted must be there
+						if err := wholeOperations()[0].run(w.im); err != nil {
+							t.Fatal(err)
+						}
+					}
+					w.doSome(r, 12)
+					n := 0
+					w.life.mu.Lock()
+					w.life.failingAll = func() bool { n++; return n == 1+at }
+					w.life.mu.Unlock()
+					failed = o.run(w.im) != nil
+					w.life.mu.Lock()
+					w.life.failingAll = nil
+					w.life.mu.Unlock()
+					w.doSome(r, 12)
+					w.life.mu.Lock()
+					w.kill()
+					w.life.mu.Unlock()
+					w.judgeKills(fmt.Sprintf("%s that failed at call %d", o.name, at))
+					_ = w.im.Close()
+				}
+			}
+		})
+	}
+}
+
+// doSome makes requests.
+func (w *journalRun) doSome(r *rand.Rand, n int) {
+	w.t.Helper()
+	for range n {
+		if err := w.do(r); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+}
+
+// judgeKills brings back what kills in the middle of something left, each once.
+func (w *journalRun) judgeKills(of string) {
+	w.t.Helper()
+	for n, state := range w.kills {
+		h := replay(w.disk, state.marks)
+		if _, err := bringBack(w.disk, state, -1, nil); err != nil {
+			w.t.Fatalf("%s, kill %d of %d: %v", of, n, len(w.kills), err)
+		}
+		if err := lives(w.disk, state, h, false); err != nil {
+			w.t.Fatalf("%s, kill %d of %d: %v", of, n, len(w.kills), err)
+		}
+		total.Add(1)
+	}
+	w.kills = nil
+}
+
+// wholeOperation is an operation on the whole image, after which the disk is as before.
+type wholeOperation struct {
+	name string
+	run  func(im *qcow2.Image) error
+}
+
+func wholeOperations() []wholeOperation {
+	ctx := context.Background()
+	return []wholeOperation{
+		{"snapshot", func(im *qcow2.Image) error { _, err := im.CreateSnapshot(ctx, "s"); return err }},
+		{"resize", func(im *qcow2.Image) error {
+			return im.Resize(ctx, 4<<20, qcow2.ResizeOptions{Preallocation: qcow2.PreallocMetadata})
+		}},
+		{"delete", func(im *qcow2.Image) error { return im.DeleteSnapshot(ctx, "s") }},
+		{"compact", func(im *qcow2.Image) error { _, err := im.Compact(ctx, qcow2.CompactOptions{}); return err }},
+	}
+}
+
+var wholeStarts = []explore.Start{
+	{Name: "tiny clusters", Create: qcow2.CreateOptions{ClusterSize: 512, RefcountBits: 64, Size: 96 << 10}},
+	{Name: "4k", Create: qcow2.CreateOptions{ClusterSize: 4096, Size: 192 << 10}},
+	{Name: "subclusters", Create: qcow2.CreateOptions{ClusterSize: 16384, Size: 160 << 10, ExtendedL2: true}},
 }
 
 // judgeKill brings back what a kill left, in one go, and after another kill or a failure in the middle.

@@ -114,8 +114,6 @@ var Defects = []Defect{
 		"s == 0 || s != sum(", "s == 0 && s != sum("},
 	{"journal-of-before", "a journal is brought back into an image that somebody has changed since", journaled,
 		"	case found.Nonce != journalNonce(hdr):\n", "	case found.Nonce != journalNonce(hdr) && false:\n"},
-	{"journal-of-whole-operations", "what an operation on the whole image changes is recorded before the header knows of it", exclusive,
-		"		s.journal.Hold()\n", ""},
 	{"journal-clusters-not-counted", "clusters that are brought back count as free", restore,
 		"	return refs.adopt(r.taken)\n", "	return nil\n"},
 	{"journal-blocks-in-the-way", "refcount blocks are put where clusters lie that are about to be brought back", restore,
