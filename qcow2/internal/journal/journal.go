@@ -5,8 +5,8 @@
 // # Order
 //
 // A record is appended before the entries change that it is about, both within the section that a flush's freezing of those
-// entries excludes. So what anybody can see, and build on, is recorded; and what a flush did not freeze was recorded after
-// that flush had cut the journal.
+// entries excludes, and when they are among what the next flush is going to freeze. So what anybody can see, and build on, is
+// recorded; and what a flush did not freeze was recorded after that flush had cut the journal.
 //
 // There are two halves. Records go to one; a flush that begins makes the other one the active one (Cut), and clears the
 // one that was when all it froze is durable (Done). In the same section as the cut it takes the references that were given

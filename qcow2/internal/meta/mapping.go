@@ -651,7 +651,6 @@ func (e Edit) Put(i, n int64, f func(k int64, old Entry) Entry) {
 	s := e.s
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	changed := false
 	var recorded run
 	for k := range n {
 		old := e.Entry(i + k)
@@ -659,7 +658,8 @@ func (e Edit) Put(i, n int64, f func(k int64, old Entry) Entry) {
 		if entry == old {
 			continue
 		}
-		changed = true
+		// First of all: a flush that the journal takes this change to be part of must find the slice among the dirty ones.
+		e.m.markDirty(s)
 		if e.m.journal == nil {
 			e.store(i+k, entry)
 		} else if !recorded.extend(e, i+k, entry) {
@@ -668,9 +668,6 @@ func (e Edit) Put(i, n int64, f func(k int64, old Entry) Entry) {
 		}
 	}
 	recorded.store(e)
-	if changed {
-		e.m.markDirty(s)
-	}
 }
 
 // store changes the entry of the edit's i-th cluster; the slice's mu is held.
