@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"bytes"
 	"crypto/md5"
 	_ "embed"
 	"fmt"
@@ -54,121 +55,214 @@ var kinds = []kind{
 
 var sumLine = regexp.MustCompile(`(?m)^SUM (\S+) ([0-9a-f]{32})`)
 
-// TestMatrix serves an image of every kind and judges content, changes and images by the host's tools.
-func TestMatrix(t *testing.T) {
-	vm := machine(t)
-	j := newJob(t, matrixScript)
-	disk := filepath.Join(j.Folder, "disk")
-	shell := func(command string) {
-		t.Helper()
-		cmd := exec.Command("sh", "-c", command+" >&2")
-		cmd.Dir = disk
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("%s: %v\n%s", command, err, out)
-		}
+// matrix is a disk of the guest with an image of each kind, and what each must hold.
+type matrix struct {
+	job    Job
+	kinds  []kind
+	source []byte
+	before map[string][]byte // what each disk held
+	want   map[string][]byte // what it holds after the job's writes
+	after  string            // a folder with the images as the guest left them
+}
+
+// newMatrix makes the images. Each third is noise, text and zeroes, in turns of 192 KiB.
+func newMatrix(t *testing.T) *matrix {
+	t.Helper()
+	m := &matrix{job: newJob(t, matrixScript), kinds: slices.Clone(kinds), source: make([]byte, matrixSize),
+		before: make(map[string][]byte), want: make(map[string][]byte)}
+	if short() {
+		m.kinds = slices.DeleteFunc(m.kinds, func(k kind) bool { return !slices.Contains(shortKinds, k.name) })
 	}
-	// A third each of noise, text and zeroes, in turns of 192 KiB.
 	r := rand.New(rand.NewPCG(5, 5))
-	source := make([]byte, matrixSize)
-	for i := range source {
+	for i := range m.source {
 		switch i / (192 << 10) % 3 {
 		case 0:
-			source[i] = byte(r.Uint32())
+			m.source[i] = byte(r.Uint32())
 		case 1:
-			source[i] = byte('a' + i/512%26)
+			m.source[i] = byte('a' + i/512%26)
 		}
 	}
 	noise := make([]byte, 256<<10)
 	for i := range noise {
 		noise[i] = byte(r.Uint32())
 	}
-	write := func(name string, data []byte) string {
-		t.Helper()
-		if err := os.WriteFile(name, data, 0o666); err != nil {
-			t.Fatal(err)
+	disk := filepath.Join(m.job.Folder, "disk")
+	m.write(t, filepath.Join("disk", "source.raw"), m.source)
+	shell(t, disk, "qemu-img convert -f raw -O qcow2 source.raw v3base.qcow2")
+	var cases strings.Builder
+	for _, k := range m.kinds {
+		for _, c := range k.commands {
+			shell(t, disk, strings.ReplaceAll(c, "IMAGE", k.name+".qcow2"))
 		}
-		return name
-	}
-	write(filepath.Join(disk, "source.raw"), source)
-	shell("qemu-img convert -f raw -O qcow2 source.raw v3base.qcow2")
-	content := func(dir, image string) []byte {
-		t.Helper()
-		out := filepath.Join(t.TempDir(), "raw")
-		cmd := exec.Command("qemu-img", "convert", "-f", "qcow2", "-O", "raw", image, out)
-		cmd.Dir = dir
-		if msg, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("converting %s: %v\n%s", image, err, msg)
-			return nil
-		}
-		data, err := os.ReadFile(out)
+		data, err := content(t, disk, k.name+".qcow2")
 		if err != nil {
 			t.Fatal(err)
 		}
-		return data
-	}
-	var cases strings.Builder
-	before := make(map[string][]byte)
-	served := slices.Clone(kinds)
-	if short() {
-		served = slices.DeleteFunc(served, func(k kind) bool { return !slices.Contains(shortKinds, k.name) })
-	}
-	for _, k := range served {
-		for _, c := range k.commands {
-			shell(strings.ReplaceAll(c, "IMAGE", k.name+".qcow2"))
-		}
-		before[k.name] = content(disk, k.name+".qcow2")
-		fmt.Fprintf(&cases, "%s %d %x\n", k.name, len(before[k.name]), md5.Sum(before[k.name]))
-	}
-	j.Files = map[string]string{
-		"job/cases": write(filepath.Join(j.Folder, "cases"), []byte(cases.String())),
-		"job/noise": write(filepath.Join(j.Folder, "noise"), noise),
-	}
-	run(t, vm, j)
-	log, err := os.ReadFile(filepath.Join("../../out/vm", t.Name()+".log"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	sums := make(map[string]string)
-	for _, m := range sumLine.FindAllStringSubmatch(string(log), -1) {
-		sums[m[1]] = m[2]
-	}
-	after := filepath.Join(j.Folder, "after")
-	if err := os.Mkdir(after, 0o777); err != nil {
-		t.Fatal(err)
-	}
-	files, err := os.ReadDir(disk)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, f := range files {
-		if err := Extract(j, "/"+f.Name(), filepath.Join(after, f.Name())); err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, k := range served {
-		want := before[k.name]
+		m.before[k.name] = data
+		fmt.Fprintf(&cases, "%s %d %x\n", k.name, len(data), md5.Sum(data))
+		want := bytes.Clone(data)
 		copy(want[257*4096:], noise[:4096])
 		copy(want[3001*512:], noise[:3*512])
 		copy(want[50*64<<10:], noise)
 		clear(want[8<<20:][:1<<20])
-		if sums[k.name] != fmt.Sprintf("%x", md5.Sum(want)) {
+		m.want[k.name] = want
+	}
+	m.job.Files = map[string]string{
+		"job/cases": m.write(t, "cases", []byte(cases.String())),
+		"job/noise": m.write(t, "noise", noise),
+	}
+	return m
+}
+
+// write makes a file in the job's folder.
+func (m *matrix) write(t *testing.T, name string, data []byte) string {
+	t.Helper()
+	file := filepath.Join(m.job.Folder, name)
+	if err := os.WriteFile(file, data, 0o666); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+func shell(t *testing.T, dir, command string) {
+	t.Helper()
+	cmd := exec.Command("sh", "-c", command+" >&2")
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", command, err, out)
+	}
+}
+
+// content returns what stock reads of an image.
+func content(t *testing.T, dir, image string, options ...string) ([]byte, error) {
+	t.Helper()
+	out := filepath.Join(t.TempDir(), "raw")
+	cmd := exec.Command("qemu-img", append(append([]string{"convert", "-f", "qcow2", "-O", "raw"}, options...), image, out)...)
+	cmd.Dir = dir
+	if msg, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("converting %s: %w: %s", image, err, msg)
+	}
+	return os.ReadFile(out)
+}
+
+// log returns what the guest said.
+func (m *matrix) log(t *testing.T) string {
+	t.Helper()
+	log, err := os.ReadFile(filepath.Join("../../out/vm", t.Name()+".log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.ReplaceAll(string(log), "\r", "")
+}
+
+// sums returns the checksums of the disks as the guest read them after its writes.
+func (m *matrix) sums(t *testing.T) map[string]string {
+	t.Helper()
+	sums := make(map[string]string)
+	for _, s := range sumLine.FindAllStringSubmatch(m.log(t), -1) {
+		sums[s[1]] = s[2]
+	}
+	return sums
+}
+
+// extract gets the images from the guest's disk.
+func (m *matrix) extract(t *testing.T) {
+	t.Helper()
+	m.after = filepath.Join(m.job.Folder, "after")
+	if err := os.Mkdir(m.after, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	files, err := os.ReadDir(filepath.Join(m.job.Folder, "disk"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		if err := Extract(m.job, "/"+f.Name(), filepath.Join(m.after, f.Name())); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// check returns what qemu-img check says of an image, in one line, and whether it is content.
+func (m *matrix) check(name string) (string, bool) {
+	cmd := exec.Command("qemu-img", "check", name+".qcow2")
+	cmd.Dir = m.after
+	out, err := cmd.CombinedOutput()
+	for line := range strings.Lines(string(out)) {
+		if strings.Contains(line, "errors were found") || strings.Contains(line, "leaked clusters were") {
+			return strings.TrimSpace(line), err == nil
+		}
+	}
+	return strings.TrimSpace(string(out)), err == nil
+}
+
+// TestMatrix serves an image of every kind and judges content, changes and images by the host's tools.
+func TestMatrix(t *testing.T) {
+	vm := machine(t)
+	m := newMatrix(t)
+	run(t, vm, m.job)
+	sums := m.sums(t)
+	m.extract(t)
+	for _, k := range m.kinds {
+		if sums[k.name] != fmt.Sprintf("%x", md5.Sum(m.want[k.name])) {
 			t.Errorf("%s: the disk read something else in the guest than was written", k.name)
 		}
-		if got := content(after, k.name+".qcow2"); string(got) != string(want) {
-			t.Errorf("%s: qemu-img reads something else than was written", k.name)
+		if got, err := content(t, m.after, k.name+".qcow2"); err != nil || !bytes.Equal(got, m.want[k.name]) {
+			t.Errorf("%s: qemu-img reads something else than was written (%v)", k.name, err)
 		}
-		cmd := exec.Command("qemu-img", "check", k.name+".qcow2")
-		cmd.Dir = after
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Errorf("%s: qemu-img check: %v\n%s", k.name, err, out)
+		if said, ok := m.check(k.name); !ok {
+			t.Errorf("%s: qemu-img check: %s", k.name, said)
 		}
 	}
-	cmd := exec.Command("qemu-img", "convert", "-f", "qcow2", "-O", "raw", "-l", "before", "snapshot.qcow2", "snapshot.raw")
-	cmd.Dir = after
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, out)
-	}
-	if got, err := os.ReadFile(filepath.Join(after, "snapshot.raw")); err != nil || string(got) != string(source) {
+	if got, err := content(t, m.after, "snapshot.qcow2", "-l", "before"); err != nil || !bytes.Equal(got, m.source) {
 		t.Errorf("the snapshot changed with the disk (%v)", err)
+	}
+}
+
+var rowLine = regexp.MustCompile(`(?m)^ROW (\S+) (\S+) (\S+) (\S+)`)
+
+// TestMatrixOfRunner has tcmu-runner serve the same images, and writes down what becomes of them: out/vm/matrix.md, the table of
+// docs/benchmarks.md. It judges nothing but that the comparison took place.
+func TestMatrixOfRunner(t *testing.T) {
+	vm := machine(t)
+	long(t)
+	m := newMatrix(t)
+	m.job.withTools(t)
+	m.job.Files["job/params"] = m.write(t, "params", []byte("RUNNER=yes\n"))
+	run(t, vm, m.job)
+	sums := m.sums(t)
+	m.extract(t)
+	rows := make(map[string][]string)
+	for _, r := range rowLine.FindAllStringSubmatch(m.log(t), -1) {
+		rows[r[1]] = r[2:]
+	}
+	var b strings.Builder
+	b.WriteString("| image | opened | content | written | read again | image by stock | `qemu-img check` |\n|---|---|---|---|---|---|---|\n")
+	judge := func(ok bool) string {
+		if ok {
+			return "ok"
+		}
+		return "**wrong**"
+	}
+	for _, k := range m.kinds {
+		row := rows[k.name]
+		if row == nil {
+			t.Errorf("%s was not tried", k.name)
+			continue
+		}
+		if row[0] != "ok" {
+			fmt.Fprintf(&b, "| %s | %s | | | | | |\n", k.name, row[0])
+			continue
+		}
+		got, err := content(t, m.after, k.name+".qcow2")
+		said, _ := m.check(k.name)
+		fmt.Fprintf(&b, "| %s | ok | %s | %s | %s | %s | %s |\n", k.name, row[1], row[2],
+			judge(sums[k.name] == fmt.Sprintf("%x", md5.Sum(m.want[k.name]))), judge(err == nil && bytes.Equal(got, m.want[k.name])), said)
+	}
+	got, err := content(t, m.after, "snapshot.qcow2", "-l", "before")
+	fmt.Fprintf(&b, "\nThe snapshot's content after the writes: %s.\n", judge(err == nil && bytes.Equal(got, m.source)))
+	t.Log("\n" + b.String())
+	if err := os.WriteFile("../../out/vm/matrix.md", []byte(b.String()), 0o666); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -78,7 +78,8 @@ func (vm *VM) Run(ctx context.Context, j Job) ([]Result, error) {
 	if j.Count {
 		processor = []string{"-accel", "tcg,thread=single", "-smp", "1", "-icount", "shift=0"}
 	}
-	args := append(processor, "-cpu", "max", "-m", strconv.Itoa(cmp.Or(j.Memory, defaultMemory)),
+	// With erms and fsrm the kernel would copy memory by an instruction that emulation does byte by byte.
+	args := append(processor, "-cpu", "max,-erms,-fsrm", "-m", strconv.Itoa(cmp.Or(j.Memory, defaultMemory)),
 		"-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot",
 		// The kernel would not trust the processor's clock, and its other clocks are devices, each look at which is an exit.
 		"-kernel", vm.kernel, "-initrd", initrd, "-append", "console=ttyS0 quiet panic=-1 tsc=reliable clocksource=tsc",

@@ -40,8 +40,8 @@ func run() error {
 		cache      = flag.String("cache", "out/vm", "where kernel, tools and initial RAM disk are kept")
 		contenders = flag.String("contenders", "drover tcmu-runner fileio", "who takes part")
 		rounds     = flag.Int("rounds", 3, "rounds")
-		seconds    = flag.Int("seconds", 4, "length of one run")
-		count      = flag.Bool("count", true, "measure by a clock that counts instructions, whatever else the host does")
+		length     = flag.Duration("time", 2*time.Second, "length of one run, by the guest's clock")
+		count      = flag.Bool("count", false, "measure by a clock that counts instructions, whatever else the host does")
 		markdown   = flag.String("markdown", "", "write the report to this file as Markdown")
 	)
 	flag.Parse()
@@ -68,7 +68,7 @@ func run() error {
 		return err
 	}
 	params := filepath.Join(dir, "params")
-	text := fmt.Sprintf("ROUNDS=%d\nSECONDS=%d\nCONTENDERS='%s'\nSIZE=%d\nFRESH=%d\nCOUNT=%t\n", *rounds, *seconds, *contenders,
+	text := fmt.Sprintf("ROUNDS=%d\nMILLISECONDS=%d\nCONTENDERS='%s'\nSIZE=%d\nFRESH=%d\nCOUNT=%t\n", *rounds, length.Milliseconds(), *contenders,
 		imageSize, int64(freshSize), *count)
 	if err := os.WriteFile(params, []byte(text), 0o666); err != nil {
 		return err
@@ -96,8 +96,12 @@ func run() error {
 	if err != nil {
 		return err
 	}
-	report := fmt.Sprintf("Host: %d processors, software emulation, %s. %d rounds of %d s for each case and contender, in turns, in one boot.\n\n",
-		runtime.NumCPU(), time.Now().Format(time.DateOnly), *rounds, *seconds) + table(samples, strings.Fields(*contenders))
+	how := fmt.Sprintf("two processors by software emulation on %d of the host", runtime.NumCPU())
+	if *count {
+		how = "one processor whose clock counts instructions, a nanosecond each"
+	}
+	report := fmt.Sprintf("Guest: %s; %s. %d rounds of %v for each case and contender, in turns, in one boot.\n\n",
+		how, time.Now().Format(time.DateOnly), *rounds, *length) + table(samples, strings.Fields(*contenders))
 	fmt.Print(report)
 	if *markdown == "" {
 		return nil

@@ -56,7 +56,7 @@ ticks() { [ -z "$DAEMON" ] && echo 0 || sed 's/.*) //' /proc/$DAEMON/stat | cut 
 load() {
   cpu=$(($(ticks)))
   fio --name=x --filename=$DISK --direct=1 --ioengine=libaio --rw=$4 --bs=$5 --iodepth=$6 --size=$7 --randrepeat=1 \
-    --norandommap --randseed=$2 --time_based --runtime=$SECONDS --output-format=terse --terse-version=3 > /tmp/fio.out 2>&1
+    --norandommap --randseed=$2 --time_based --runtime=${MILLISECONDS}ms --output-format=terse --terse-version=3 > /tmp/fio.out 2>&1
   code=$?
   cpu=$(($(ticks) - cpu))
   # Fields of version 3: total KiB, rate, operations per second, milliseconds; of reads from 6 on, of writes from 47 on.
