@@ -80,7 +80,7 @@ func TestFio(t *testing.T) {
 	long(t)
 	j := newJob(t, fioScript)
 	j.withImages(t, "a.qcow2", "256M")
-	j.expect(t, vm, 20)
+	j.expect(t, vm, 21)
 	clean(t, j, "/a.qcow2", false)
 }
 

@@ -6,7 +6,7 @@ check enable enable a qcow2//disk/a.qcow2 268435456
 check attach attach a 0
 [ -b "$DISK" ] || exit 1
 verify="--filename=$DISK --direct=1 --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 --do_verify=1 --size=24M"
-check mixed fio --name=mixed --rw=randwrite --bsrange=512-96k --bs_unaligned $verify --offset=0
+check mixed fio --name=mixed --rw=randwrite --bsrange=512-96k $verify --offset=0
 check small fio --name=small --rw=randwrite --bs=4k $verify --offset=32M
 check again fio --name=again --rw=randwrite --bs=4k --randseed=7 $verify --offset=32M
 check fsyncs fio --name=fsyncs --rw=randwrite --bs=16k --fsync=16 $verify --offset=64M

@@ -6,7 +6,7 @@
 load() {
   number=$1
   shift
-  fio --name=kill --filename=$DISK --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --bsrange=4k-32k --bs_unaligned=0 \
+  fio --name=kill --filename=$DISK --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --bsrange=4k-32k \
     --size=6M --offset=$((number * 6))M --randseed=$number --verify=crc32c --verify_fatal=1 --do_verify=1 "$@"
 }
 

@@ -13,7 +13,7 @@ name=${DISK#/dev/}
 head -c 8388608 /dev/urandom > /disk/pattern
 check pattern dd if=/disk/pattern of=$DISK bs=1M oflag=direct conv=notrunc
 
-fio --name=load --filename=$DISK --direct=1 --ioengine=libaio --iodepth=8 --rw=randwrite --bsrange=4k-64k --bs_unaligned=0 --offset=64M \
+fio --name=load --filename=$DISK --direct=1 --ioengine=libaio --iodepth=8 --rw=randwrite --bsrange=4k-64k --offset=64M \
   --size=96M --verify=crc32c --verify_fatal=1 --do_verify=1 --verify_backlog=128 > /tmp/fio.out 2>&1 &
 writer=$!
 busy() { kill -0 $writer 2> /dev/null; }

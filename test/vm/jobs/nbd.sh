@@ -21,7 +21,7 @@ start_server
 check attach drover nbd attach "$URI" /dev/nbd0
 check attached eventually attached
 check status sh -c "drover nbd status | grep -q nbd0"
-check fio verify --name=fio --rw=randwrite --bsrange=4k-64k --bs_unaligned=0 --size=24M --offset=96M
+check fio verify --name=fio --rw=randwrite --bsrange=4k-64k --size=24M --offset=96M
 check trim fio --name=trim --filename=/dev/nbd0 --direct=1 --ioengine=libaio --iodepth=8 --rw=randtrim --bs=64k --size=16M --offset=96M
 check mkfs mkfs.ext4 -q -F /dev/nbd0 96M
 mkdir -p /mnt
