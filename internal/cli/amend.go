@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -18,6 +19,8 @@ import (
 // amender is one run of amend.
 type amender struct {
 	*app
+	output       string
+	changed      bool
 	src          source
 	optionTexts  []string
 	cache        string
@@ -60,10 +63,25 @@ func (a *app) amendCommand() *cobra.Command {
 'drover amend -f qcow2 -o help' lists those that can be changed.`,
 		Example: `  drover amend -o compat=0.10 disk.qcow2
   drover amend -p -o refcount_bits=64,lazy_refcounts=on disk.qcow2`,
-		RunE: func(cmd *cobra.Command, args []string) error { return m.run(cmd.Context(), args) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := checkOutput(m.output); err != nil {
+				return err
+			}
+			began := time.Now()
+			err := m.run(cmd.Context(), args)
+			if err != nil || !m.changed || m.output != "json" {
+				return err
+			}
+			return m.printResult(cmd.Context(), "amend", began, m.src)
+		},
 	}
 	f := cmd.Flags()
 	m.src.add(cmd)
+	if a.name == program {
+		resultFlag(cmd, &m.output)
+	} else {
+		m.output = "human"
+	}
 	f.StringArrayVarP(&m.optionTexts, "options", "o", nil, "`options` to change: NAME=VALUE,...")
 	addProgress(f, &m.progress)
 	f.BoolVarP(&m.quiet, "quiet", "q", false, "print nothing but errors")
@@ -110,7 +128,9 @@ func (m *amender) run(ctx context.Context, args []string) (err error) {
 	if !ok {
 		return noAmend(dev.Info().Format)
 	}
-	return m.amend(ctx, im)
+	err = m.amend(ctx, im)
+	m.changed = err == nil
+	return err
 }
 
 func noAmend(format string) error {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -33,6 +34,7 @@ func (f bitmapFlag) Set(value string) error {
 // bitmapRun is one run of bitmap.
 type bitmapRun struct {
 	*app
+	output                  string
 	src                     source
 	actions                 []bitmapAction
 	from, fromFormat        string
@@ -58,7 +60,15 @@ Several actions are done in the order in which they are given.`,
   drover bitmap --remove --add disk.qcow2 backup0`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r.hasGranularity, r.hasFrom = cmd.Flags().Changed("granularity"), cmd.Flags().Changed("source-file")
-			return r.run(cmd.Context(), args, cmd.Flags().Changed("source-format"))
+			if err := checkOutput(r.output); err != nil {
+				return err
+			}
+			began := time.Now()
+			err := r.run(cmd.Context(), args, cmd.Flags().Changed("source-format"))
+			if err != nil || r.output != "json" {
+				return err
+			}
+			return r.printResult(cmd.Context(), "bitmap", began, r.src)
 		},
 	}
 	f := cmd.Flags()
@@ -73,6 +83,11 @@ Several actions are done in the order in which they are given.`,
 	f.StringVarP(&r.fromFormat, "source-format", "F", "", "`format` of that image")
 	f.StringVarP(&r.granularity, "granularity", "g", "", "`size` that one bit of a new bitmap stands for")
 	r.src.add(cmd)
+	if a.name == program {
+		resultFlag(cmd, &r.output)
+	} else {
+		r.output = "human"
+	}
 	r.src.policy.add(f)
 	return cmd
 }

@@ -193,3 +193,54 @@ func TestOwnCommandsAreDrovers(t *testing.T) {
 		}
 	}
 }
+
+// TestChangesTell: what changes an image tells programs what has become of it, and stock's names have no such flag.
+func TestChangesTell(t *testing.T) {
+	holey(t)
+	type result struct {
+		Command string
+		Image   struct {
+			Snapshots []struct{ Name string }
+			Format    struct {
+				Data struct {
+					Lazy    bool `json:"lazy-refcounts"`
+					Bitmaps []struct{ Name string }
+				}
+			} `json:"format-specific"`
+		}
+	}
+	run := func(args ...string) (r result) {
+		t.Helper()
+		decode(t, mustDrover(t, args...), &r)
+		if r.Command != args[0] {
+			t.Errorf("%v: %+v", args, r)
+		}
+		return r
+	}
+	if r := run("amend", "--output=json", "-o", "lazy_refcounts=on", "disk"); !r.Image.Format.Data.Lazy {
+		t.Errorf("%+v", r)
+	}
+	if r := run("bitmap", "--output=json", "--add", "disk", "b"); len(r.Image.Format.Data.Bitmaps) != 1 {
+		t.Errorf("%+v", r)
+	}
+	if r := run("snapshot", "--output=json", "-r", "s", "renamed", "disk"); len(r.Image.Snapshots) != 1 || r.Image.Snapshots[0].Name != "renamed" {
+		t.Errorf("%+v", r)
+	}
+	if r := run("snapshot", "--output=json", "-d", "renamed", "disk"); len(r.Image.Snapshots) != 0 {
+		t.Errorf("%+v", r)
+	}
+	if out := mustDrover(t, "amend", "--output=json", "-f", "qcow2", "-o", "help"); strings.HasPrefix(out, "{") {
+		t.Error(out)
+	}
+	for _, args := range [][]string{{"amend", "--output=x", "-o", "size=1M", "disk"}, {"bitmap", "--output=x", "--add", "disk", "c"}} {
+		if o := drover(t, args...); o.code != 1 || o.stderr == "" {
+			t.Errorf("%v: %+v", args, o)
+		}
+	}
+	for _, args := range [][]string{{"amend", "--output=json", "-o", "compat=1.1", "disk"}, {"bitmap", "--output=json", "--add", "disk", "c"}} {
+		var out, errs strings.Builder
+		if code := Main(t.Context(), "qemu-img", args, strings.NewReader(""), &out, &errs); code != 1 || !strings.Contains(errs.String(), "output") {
+			t.Errorf("as qemu-img: %v: %d %s", args, code, errs.String())
+		}
+	}
+}

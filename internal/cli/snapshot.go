@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -90,7 +91,12 @@ oldest is meant.`,
 				return err
 			}
 			src.noData = action.kind == snapshotList
-			return a.snapshot(cmd.Context(), &src, &action, output == "json")
+			began := time.Now()
+			err := a.snapshot(cmd.Context(), &src, &action, output == "json")
+			if err != nil || output != "json" || !action.kind.changes() || action.kind == snapshotCreate {
+				return err
+			}
+			return a.printResult(cmd.Context(), "snapshot", began, src)
 		},
 	}
 	f := cmd.Flags()

@@ -145,7 +145,7 @@ func TestSnapshotWithoutModel(t *testing.T) {
 			t.Errorf("%s: code %d, %s", args, o.code, o.stderr)
 		}
 	}
-	if out := mustDrover(t, "snapshot", "--output=json", "-d", "other", "disk"); out != "" {
+	if out := mustDrover(t, "snapshot", "-d", "other", "disk"); out != "" {
 		t.Errorf("deleting says %s", out)
 	}
 	if out := mustDrover(t, "snapshot", "--output=json", "disk"); out != "[]\n" {
