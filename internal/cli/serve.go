@@ -44,6 +44,10 @@ name of the image's export, an "@" and the snapshot's name (or ID): disk@before.
 The format of an image is found out from its content, unless --format says it. A
 raw disk is exported writable only with --format raw.
 
+A server with --control is managed by 'drover ctl' while it runs: snapshots, sizes,
+bitmaps, exports. SIGHUP has it read TLS credentials, secrets and the log level of
+--config again.
+
 SIGINT and SIGTERM end the server when clients have got their answers and
 everything is written and flushed; a second signal ends it at once.`,
 		Example: `  drover serve --socket /run/vm.sock vm.qcow2

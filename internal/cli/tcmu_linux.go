@@ -29,10 +29,15 @@ options, each after a semicolon:
   qcow//images/a.qcow2;l2-cache-size=64M
   qcow2//images/a.qcow2;read-only
   qcow2//images/a.qcow2;snapshot=before
+  qcow2//images/a.qcow2;encrypt.key-secret=ID
   raw//images/b.img
 
 The handlers qcow and qcow2 are the same. Options are the runtime options of QCOW2
-images, read-only, and snapshot=NAME. Each image is locked while it is a disk.
+images, read-only, and snapshot=NAME. Each image is locked while it is a disk. The
+key of an encrypted one is only named: --secrets-dir or --object has it.
+
+While the server runs, 'drover ctl' manages the disks: snapshots, sizes, bitmaps.
+SIGHUP has it read its secrets and the log level of --config again.
 
 SIGINT and SIGTERM end the server when every command under way has been answered
 and everything is flushed; initiators find the disks busy until the next server
