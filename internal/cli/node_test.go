@@ -92,7 +92,7 @@ func serveStock(t *testing.T, args ...string) string {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait() // which reports the signal
 	})
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) { // nothing tells when another program listens
 		nc, err := net.Dial("unix", socket)
 		if err == nil {
 			nc.Close()

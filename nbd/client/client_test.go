@@ -384,7 +384,7 @@ func spawn(t *testing.T, socket, name string, args ...string) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s does not listen: %v\n%s", name, err, &out)
 		}
-		time.Sleep(10 * time.Millisecond)
+		time.Sleep(10 * time.Millisecond) // nothing tells when another program listens
 	}
 }
 

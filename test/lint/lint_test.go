@@ -27,7 +27,7 @@ const (
 var layers = map[string][]string{
 	"cmd/drover": {"internal/cli", "luks/ciphers"},
 	"internal/cli": {
-		"daemon", "nbd", "tcmu", "scsi", "image", "qcow2", "luks", "block", "storage", "internal/nbddev",
+		"daemon", "nbd", "tcmu", "scsi", "image", "qcow1", "qcow2", "luks", "block", "storage", "internal/nbddev",
 		"internal/picture",
 	},
 	"daemon": {"nbd", "tcmu", "image", "block", "qcow2", "luks", "storage"},
@@ -36,6 +36,7 @@ var layers = map[string][]string{
 	"scsi":   {"block", "storage"},
 	"image":  {"block", "qcow2", "storage"},
 	"qcow2":  {"block", "storage", "luks"},
+	"qcow1":  {"block", "storage", "luks"},
 	"luks":   {},
 	// Ciphers that the standard library lacks; a program picks them by importing it.
 	"luks/ciphers": {"luks"},
@@ -58,6 +59,7 @@ var modules = map[string][]string{
 	"tcmu":         {"golang.org/x/sys", "github.com/mdlayher/genetlink", "github.com/mdlayher/netlink"},
 	"scsi":         {},
 	"image":        {"golang.org/x/sys"},
+	"qcow1":        {},
 	"qcow2":        {"github.com/klauspost/compress", "golang.org/x/sys"},
 	"luks":         {"golang.org/x/sys"},
 	"luks/ciphers": {"golang.org/x/crypto"},
@@ -75,7 +77,7 @@ var testModules = []string{
 }
 
 // noFiles are the folders that reach host files through the storage package only.
-var noFiles = []string{"qcow2", "block", "image", "nbd"}
+var noFiles = []string{"qcow1", "qcow2", "block", "image", "nbd"}
 
 // fileCalls are the functions of package os that reach a file's content or change a folder. Asking what a name stands for
 // (Stat) is not among them.

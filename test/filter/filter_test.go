@@ -1,3 +1,4 @@
+// Package filter_test has filters stand before images, and under them.
 package filter_test
 
 import (
