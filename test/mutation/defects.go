@@ -289,7 +289,8 @@ var Defects = []Defect{
 		"		e.m.markDirty(s)\n		if e.m.journal == nil {\n", "		if e.m.journal == nil {\n"},
 	{"journal-dirty-late", "a change is recorded before a flush that clears the record could find it", mapping,
 		"		e.m.markDirty(s)\n		if e.m.journal == nil {\n			e.store(i+k, entry)\n",
-		"		defer e.m.markDirty(s)\n		if e.m.journal == nil {\n			e.store(i+k, entry)\n"},
+		"		defer func() {\n			for range 99 {\n				runtime.Gosched()\n			}\n			e.m.markDirty(s)\n		}()\n" +
+			"		if e.m.journal == nil {\n			e.store(i+k, entry)\n"},
 	{"l1-not-dirty", "a changed L1 entry is not written", mapping,
 		"	m.markL1(l1/l1ChunkEntries, chunk, k, k+1)\n", ""},
 	{"short-data-run", "a run of data continues over a gap on the host", mapping,
