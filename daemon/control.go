@@ -54,7 +54,7 @@ type Control struct {
 
 	mu   sync.Mutex
 	m    Managed // nil until Serve
-	busy map[any]string
+	busy map[string]string
 }
 
 // limits of the API.
@@ -70,7 +70,7 @@ func OpenControl(ctx context.Context, c ControlConfig) (*Control, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	k := &Control{c: c, started: time.Now(), busy: make(map[any]string)}
+	k := &Control{c: c, started: time.Now(), busy: make(map[string]string)}
 	if c.Socket.Socket != "" {
 		if !knowsPeers {
 			return nil, errNoPeers
@@ -287,7 +287,7 @@ func (k *Control) serverStatus(*http.Request) (any, error) { return k.serverNow(
 func (k *Control) operation(d *disk) string {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return k.busy[d.dev]
+	return k.busy[d.key()]
 }
 
 // begin registers an operation on a disk, one at a time: the second would only wait for the first, and nobody would see why.
@@ -297,14 +297,14 @@ func (k *Control) begin(d *disk, what string) (end func(), err error) {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if other := k.busy[d.dev]; other != "" {
+	if other := k.busy[d.key()]; other != "" {
 		return nil, conflictf("%q is busy with %q: try again when that is done", d.name, other)
 	}
-	k.busy[d.dev] = what
+	k.busy[d.key()] = what
 	return func() {
 		k.mu.Lock()
 		defer k.mu.Unlock()
-		delete(k.busy, d.dev)
+		delete(k.busy, d.key())
 	}, nil
 }
 

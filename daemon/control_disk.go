@@ -32,6 +32,9 @@ type disk struct {
 	apply func(ctx context.Context, fn func() error) error
 }
 
+// key tells the disk apart from all others.
+func (d *disk) key() string { return d.status.HBA + "/" + d.name }
+
 // statusError is an error with the status that HTTP has for it.
 type statusError struct {
 	status int

@@ -129,7 +129,7 @@ func probeDisk(ctx context.Context, handlers map[string]tcmu.Handler, config str
 		return fmt.Errorf("nobody here handles %q", name)
 	}
 	asked := *h
-	asked.c.ReadOnly = true
+	asked.c.ReadOnly, asked.c.WriteBack = true, true // nor is a journal looked at
 	dev, err := asked.Open(ctx, rest)
 	if err != nil {
 		return err
