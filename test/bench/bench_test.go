@@ -24,12 +24,12 @@ func TestRatiosArePairedByRound(t *testing.T) {
 func TestParseFio(t *testing.T) {
 	out := `fio: connected to NBD server
 {"jobs": [{"error": 0, "read": {"total_ios": 300, "runtime": 1500}, "write": {"total_ios": 0, "runtime": 0}}]}`
-	ops, seconds, err := parseFio([]byte(out))
-	if err != nil || ops != 300 || seconds != 1.5 {
-		t.Errorf("got %d operations in %g s, %v", ops, seconds, err)
+	r, err := parseFio([]byte(out))
+	if err != nil || r.ops != 300 || r.seconds != 1.5 {
+		t.Errorf("got %+v, %v", r, err)
 	}
 	for _, bad := range []string{"", "{}", `{"jobs": [{"error": 5}]}`, `{"jobs": [{"error": 0}]}`} {
-		if _, _, err := parseFio([]byte(bad)); err == nil {
+		if _, err := parseFio([]byte(bad)); err == nil {
 			t.Errorf("%q is no report", bad)
 		}
 	}

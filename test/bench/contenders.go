@@ -14,7 +14,8 @@ import (
 	"time"
 )
 
-// contender is one NBD server. All serve buffered (through the page cache), writeback, to many clients.
+// contender is one NBD server. All serve buffered (through the page cache), writeback, to many clients. One without args is
+// no server: the load works on the raw file itself, which is the limit of what any server can do.
 type contender struct {
 	name   string
 	format string // of its image
@@ -35,6 +36,12 @@ func allContenders(drover string) []contender {
 		}},
 		{"qemu-nbd-uring", "qcow2", qemu("io_uring")},
 		{"qemu-nbd-threads", "qcow2", qemu("threads")},
+		{"qemu-storage-daemon", "qcow2", func(image, socket string) []string {
+			return []string{"qemu-storage-daemon", "--nbd-server", "addr.type=unix,addr.path=" + socket + ",max-connections=0",
+				"--blockdev", "driver=qcow2,node-name=n,discard=unmap,file.driver=file,file.aio=io_uring,file.filename=" + image,
+				"--export", "type=nbd,id=e,node-name=n,name=,writable=on"}
+		}},
+		{"file", "raw", nil},
 		{"nbdkit-raw", "raw", func(image, socket string) []string {
 			return []string{"nbdkit", "-f", "-U", socket, "file", image}
 		}},

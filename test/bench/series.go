@@ -296,15 +296,13 @@ func (s series) run(ctx context.Context, cfg config, drover, server string, v in
 	if err != nil {
 		return 0, 0, err
 	}
-	n, seconds, err := load(ctx, cfg, socket, w)
+	ran, err := load(ctx, cfg, overNBD(socket), w)
 	if err != nil {
 		return 0, 0, err
 	}
 	after, err := srv.cpuTime()
-	if err != nil || n == 0 {
-		return 0, 0, errors.Join(err, errors.New("fio did no operation"))
-	}
-	return float64(n) / seconds, float64((after - before).Microseconds()) / float64(n), nil
+	sm := ran.sample(after - before)
+	return sm.OpsPerSecond, sm.CPUMicrosPerOp, err
 }
 
 // draw makes an SVG picture: operations per second on the left, processor time per operation on the right.

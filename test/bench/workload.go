@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"time"
 )
 
 // workload is one load that fio makes.
@@ -74,6 +75,10 @@ func runOnce(ctx context.Context, cfg config, c contender, w workload) (s sample
 	if err != nil {
 		return s, err
 	}
+	if c.args == nil {
+		ran, err := load(ctx, cfg, []string{"--ioengine=io_uring", "--filename=" + c.image(cfg.dir)}, w)
+		return ran.sample(ran.cpu), err
+	}
 	srv, err := start(ctx, cfg, c)
 	if err != nil {
 		return s, err
@@ -89,7 +94,7 @@ func runOnce(ctx context.Context, cfg config, c contender, w workload) (s sample
 	if err != nil {
 		return s, err
 	}
-	ops, seconds, err := load(ctx, cfg, srv.socket, w)
+	ran, err := load(ctx, cfg, overNBD(srv.socket), w)
 	if err != nil {
 		return s, err
 	}
@@ -97,14 +102,7 @@ func runOnce(ctx context.Context, cfg config, c contender, w workload) (s sample
 	if err != nil {
 		return s, err
 	}
-	if ops == 0 {
-		return s, errors.New("fio did no operation")
-	}
-	s = sample{
-		Ops:            ops,
-		OpsPerSecond:   float64(ops) / seconds,
-		CPUMicrosPerOp: float64((after - before).Microseconds()) / float64(ops),
-	}
+	s = ran.sample(after - before)
 	if s.MemoryMiB, err = srv.peakMemory(); err != nil {
 		return s, err
 	}
@@ -113,7 +111,7 @@ func runOnce(ctx context.Context, cfg config, c contender, w workload) (s sample
 		return s, err
 	}
 	now, err := allocated(c.image(cfg.dir))
-	s.HostKiBPerOp = float64(now-used) / 1024 / float64(ops)
+	s.HostKiBPerOp = float64(now-used) / 1024 / float64(s.Ops)
 	return s, err
 }
 
@@ -124,13 +122,32 @@ func (w workload) size(cfg config) int64 {
 	return w.Disk.size(cfg)
 }
 
-// load runs fio and returns how many operations it did in how many seconds.
-func load(ctx context.Context, cfg config, socket string, w workload) (ops int64, seconds float64, err error) {
-	args := []string{"--name=" + w.Name, "--ioengine=nbd", "--uri=nbd+unix:///?socket=" + socket, "--thread",
+// tally is what fio did.
+type tally struct {
+	ops     int64
+	seconds float64
+	cpu     time.Duration // that fio itself took
+}
+
+func (r tally) sample(cpu time.Duration) sample {
+	if r.ops == 0 {
+		return sample{}
+	}
+	return sample{Ops: r.ops, OpsPerSecond: float64(r.ops) / r.seconds, CPUMicrosPerOp: float64(cpu.Microseconds()) / float64(r.ops)}
+}
+
+func overNBD(socket string) []string {
+	return []string{"--ioengine=nbd", "--uri=nbd+unix:///?socket=" + socket}
+}
+
+// load runs fio on what the flags in where name.
+func load(ctx context.Context, cfg config, where []string, w workload) (tally, error) {
+	args := []string{"--name=" + w.Name, "--thread",
 		"--group_reporting", "--output-format=json", "--rw=" + w.RW, "--bs=" + w.Block, fmt.Sprintf("--iodepth=%d", w.Depth),
 		fmt.Sprintf("--numjobs=%d", w.Conns), fmt.Sprintf("--size=%d", w.size(cfg)), "--time_based",
 		fmt.Sprintf("--runtime=%dms", int(cfg.seconds*1000)), "--norandommap", "--scramble_buffers=0", "--invalidate=0",
 		"--randrepeat=0"}
+	args = append(args, where...)
 	if w.Conns > 1 && w.Block == "1m" {
 		// Sequential streams begin apart from each other and stay inside the disk.
 		share := cfg.sizeMiB / w.Conns
@@ -146,12 +163,12 @@ func load(ctx context.Context, cfg config, socket string, w workload) (ops int64
 	cmd := exec.CommandContext(ctx, "fio", args...)
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return 0, 0, fmt.Errorf("fio: %w\n%s%s", err, stderr.String(), stdout.String())
+		return tally{}, fmt.Errorf("fio: %w\n%s%s", err, stderr.String(), stdout.String())
 	}
 	return parseFio(stdout.Bytes())
 }
 
-func parseFio(out []byte) (ops int64, seconds float64, err error) {
+func parseFio(out []byte) (tally, error) {
 	// fio's nbd engine says hello on standard output, before the report.
 	if i := bytes.IndexByte(out, '{'); i > 0 {
 		out = out[i:]
@@ -165,18 +182,27 @@ func parseFio(out []byte) (ops int64, seconds float64, err error) {
 			Error int       `json:"error"`
 			Read  direction `json:"read"`
 			Write direction `json:"write"`
+			// Per cent of a processor, and how long the job ran, in milliseconds, for each of a group's jobs.
+			User    float64 `json:"usr_cpu"`
+			System  float64 `json:"sys_cpu"`
+			Runtime int64   `json:"job_runtime"`
 		} `json:"jobs"`
 	}
 	if err := json.NewDecoder(bytes.NewReader(out)).Decode(&report); err != nil {
-		return 0, 0, fmt.Errorf("parsing fio's report: %w\n%s", err, out)
+		return tally{}, fmt.Errorf("parsing fio's report: %w\n%s", err, out)
 	}
 	if len(report.Jobs) != 1 || report.Jobs[0].Error != 0 {
-		return 0, 0, fmt.Errorf("fio's report has an error or not one group:\n%s", out)
+		return tally{}, fmt.Errorf("fio's report has an error or not one group:\n%s", out)
 	}
 	job := report.Jobs[0]
 	millis := max(job.Read.Runtime, job.Write.Runtime)
 	if millis <= 0 {
-		return 0, 0, fmt.Errorf("fio ran for no time:\n%s", out)
+		return tally{}, fmt.Errorf("fio ran for no time:\n%s", out)
 	}
-	return job.Read.TotalIOs + job.Write.TotalIOs, float64(millis) / 1000, nil
+	r := tally{ops: job.Read.TotalIOs + job.Write.TotalIOs, seconds: float64(millis) / 1000}
+	if r.ops == 0 {
+		return tally{}, fmt.Errorf("fio did no operation:\n%s", out)
+	}
+	r.cpu = time.Duration((job.User + job.System) / 100 * float64(job.Runtime) * float64(time.Millisecond))
+	return r, nil
 }
