@@ -225,7 +225,9 @@ func (k *Control) answer(w http.ResponseWriter, r *http.Request, h func(*http.Re
 	if r.Method != http.MethodGet {
 		level = slog.LevelInfo
 	}
-	attrs := []any{"request", r.Method + " " + r.URL.Path, "query", r.URL.RawQuery, "time", time.Since(began).Round(time.Microsecond)}
+	who, _ := r.Context().Value(peerKey{}).(peer)
+	attrs := []any{"request", r.Method + " " + r.URL.Path, "query", r.URL.RawQuery, "uid", who.uid,
+		"time", time.Since(began).Round(time.Microsecond)}
 	if err != nil {
 		k.c.Log.Log(r.Context(), level, "control", append(attrs, "error", err)...)
 		writeError(w, err)
