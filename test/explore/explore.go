@@ -58,6 +58,7 @@ const (
 	Zeroes
 	ZeroesUnmap
 	Compressed // a write of whole clusters, compressed
+	Copied     // a write of whole clusters by the host, from another file
 	Discard    // of whole clusters, so that the outcome is known
 	Flush
 	Read
@@ -91,6 +92,8 @@ func (op Op) Run(im *qcow2.Image) error {
 		return im.WriteAt(ctx, p, off, 0)
 	case Compressed:
 		return im.WriteCompressed(ctx, op.Bytes(), off)
+	case Copied:
+		return op.copyIn(ctx, im)
 	case Zeroes:
 		return im.WriteZeroes(ctx, off, n, 0)
 	case ZeroesUnmap:
@@ -103,6 +106,22 @@ func (op Op) Run(im *qcow2.Image) error {
 		return op.runSnapshot(im)
 	}
 	return im.ReadAt(ctx, make([]byte, n), off)
+}
+
+// copyIn has the host copy the request's bytes. What it cannot, because there are clusters that are overwritten in place, is
+// written.
+func (op Op) copyIn(ctx context.Context, im *qcow2.Image) error {
+	p := op.Bytes()
+	src := storage.NewMemFile("source")
+	if err := storage.WriteFull(src, p, 0); err != nil {
+		return err
+	}
+	off := op.First * SectorSize
+	err := im.CopyFrom(ctx, off, src, 0, int64(len(p)), false)
+	if errors.Is(err, storage.ErrNotSupported) {
+		return im.WriteAt(ctx, p, off, 0)
+	}
+	return err
 }
 
 // Bytes returns what the request's sectors hold afterwards.
@@ -340,6 +359,9 @@ func (d *Disk) Draw(r *rand.Rand, v Version) Op {
 	switch k := r.IntN(24); {
 	case k < 3 && !d.Start.Data && d.Create.Encrypt == nil:
 		op.Kind = Compressed
+		if k == 2 {
+			op.Kind = Copied
+		}
 		op.First = first / d.Cluster * d.Cluster
 		op.N = min((n+d.Cluster-1)/d.Cluster*d.Cluster, d.whole()-op.First)
 		if op.N == 0 {
@@ -360,7 +382,7 @@ func (d *Disk) Draw(r *rand.Rand, v Version) Op {
 	default:
 		op.Kind = Read
 	}
-	if op.Kind != Write && op.Kind != Compressed {
+	if op.Kind != Write && op.Kind != Compressed && op.Kind != Copied {
 		op.Version = 0
 	}
 	return op
