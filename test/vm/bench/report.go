@@ -24,9 +24,9 @@ func parseSamples(console string) ([]sample, error) {
 		}
 		var s sample
 		var code int
-		var ticks float64
+		var spent float64 // nanoseconds
 		var readKiB, readOps, readMS, writeKiB, writeOps, writeMS float64
-		_, err := fmt.Sscan(strings.TrimPrefix(line, "SAMPLE "), &s.who, &s.round, &s.what, &code, &ticks,
+		_, err := fmt.Sscan(strings.TrimPrefix(line, "SAMPLE "), &s.who, &s.round, &s.what, &code, &spent,
 			&readKiB, &readOps, &readMS, &writeKiB, &writeOps, &writeMS)
 		if err != nil || code != 0 {
 			return nil, fmt.Errorf("%q: %v", line, err)
@@ -41,7 +41,7 @@ func parseSamples(console string) ([]sample, error) {
 		} else {
 			s.perSecond = count / ms * 1000
 		}
-		s.cpu = ticks * 10_000 / count // 100 ticks make a second
+		s.cpu = spent / 1000 / count
 		samples = append(samples, s)
 	}
 	return samples, nil

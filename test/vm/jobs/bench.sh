@@ -50,15 +50,16 @@ finish() {
   daemon_log > /tmp/last.log
 }
 
-ticks() { [ -z "$DAEMON" ] && echo 0 || sed 's/.*) //' /proc/$DAEMON/stat | cut -d' ' -f12,13 | tr ' ' '+'; }
+# spent prints the processor time of the daemon's threads in nanoseconds.
+spent() { [ -z "$DAEMON" ] && echo 0 || cat /proc/$DAEMON/task/*/schedstat | awk '{ns += $1} END {printf "%.0f\n", ns}'; }
 
 # load CONTENDER ROUND CASE RW BLOCK DEPTH SIZE
 load() {
-  cpu=$(($(ticks)))
+  cpu=$(spent)
   fio --name=x --filename=$DISK --direct=1 --ioengine=libaio --rw=$4 --bs=$5 --iodepth=$6 --size=$7 --randrepeat=1 \
     --norandommap --randseed=$2 --time_based --runtime=${MILLISECONDS}ms --output-format=terse --terse-version=3 > /tmp/fio.out 2>&1
   code=$?
-  cpu=$(($(ticks) - cpu))
+  cpu=$(($(spent) - cpu))
   # Fields of version 3: total KiB, rate, operations per second, milliseconds; of reads from 6 on, of writes from 47 on.
   echo "SAMPLE $1 $2 $3 $code $cpu $(grep '^3;' /tmp/fio.out | cut -d';' -f6,8,9,47,49,50 | tr ';' ' ')"
   [ $code = 0 ] || cat /tmp/fio.out
