@@ -76,8 +76,8 @@ func (j *Job) expect(t *testing.T, vm *VM, n int) {
 
 // TestFio: what fio wrote is there, a file system lives on the disk, and the image is clean.
 func TestFio(t *testing.T) {
-	vm := machine(t)
 	long(t)
+	vm := machine(t)
 	j := newJob(t, fioScript)
 	j.withImages(t, "a.qcow2", "256M")
 	j.expect(t, vm, 21)
@@ -94,14 +94,14 @@ func TestKill(t *testing.T) {
 	j := newJob(t, killScript)
 	j.withImages(t, "a.qcow2", "256M")
 	j.param(t, fmt.Sprintf("ROUNDS=%d\n", rounds))
-	j.expect(t, vm, 3+2*rounds)
+	j.expect(t, vm, 4+2*rounds)
 	clean(t, j, "/a.qcow2", true)
 }
 
 // TestLoad changes a disk while fio uses it.
 func TestLoad(t *testing.T) {
-	vm := machine(t)
 	long(t)
+	vm := machine(t)
 	j := newJob(t, loadScript)
 	j.withImages(t, "a.qcow2", "256M")
 	j.expect(t, vm, 27)
@@ -126,8 +126,8 @@ func TestLoad(t *testing.T) {
 
 // TestMany serves 64 devices at once.
 func TestMany(t *testing.T) {
-	vm := machine(t)
 	long(t)
+	vm := machine(t)
 	j := newJob(t, manyScript)
 	var images []string
 	for i := range 64 {
@@ -149,8 +149,8 @@ func TestMany(t *testing.T) {
 
 // TestHung: whoever waits for a server that died is answered by the next one.
 func TestHung(t *testing.T) {
-	vm := machine(t)
 	long(t)
+	vm := machine(t)
 	j := newJob(t, hungScript)
 	j.withImages(t, "a.qcow2", "32M", "b.qcow2", "32M", "c.qcow2", "32M", "d.qcow2", "32M", "e.qcow2", "32M")
 	j.expect(t, vm, 20)
@@ -175,8 +175,8 @@ func TestNBD(t *testing.T) {
 
 // TestTargetcli has Debian's targetcli make, save, restore and delete disks.
 func TestTargetcli(t *testing.T) {
-	vm := machine(t)
 	long(t)
+	vm := machine(t)
 	j := newJob(t, targetcliScript)
 	j.withImages(t, "a.qcow2", "256M", "b.qcow2", "32M", "c.qcow2", "32M")
 	j.withTools(t)

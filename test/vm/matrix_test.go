@@ -224,8 +224,8 @@ var rowLine = regexp.MustCompile(`(?m)^ROW (\S+) (\S+) (\S+) (\S+)`)
 // TestMatrixOfRunner has tcmu-runner serve the same images, and writes down what becomes of them: out/vm/matrix.md, the table of
 // docs/benchmarks.md. It judges nothing but that the comparison took place.
 func TestMatrixOfRunner(t *testing.T) {
-	vm := machine(t)
 	long(t)
+	vm := machine(t)
 	m := newMatrix(t)
 	m.job.withTools(t)
 	m.job.Files["job/params"] = m.write(t, "params", []byte("RUNNER=yes\n"))

@@ -164,8 +164,8 @@ var (
 
 // TestISCSI has libiscsi's conformance tests judge a disk over the kernel's iSCSI target, and lists the result of each suite.
 func TestISCSI(t *testing.T) {
-	vm := machine(t)
 	long(t)
+	vm := machine(t)
 	j := newJob(t, iscsiScript)
 	host(t, "qemu-img", "create", "-q", "-f", "qcow2", filepath.Join(j.Folder, "disk", "a.qcow2"), "128M")
 	run(t, vm, j)

@@ -45,6 +45,7 @@ while [ $round -le $ROUNDS ]; do
   result "reread-$round" $? "$(grep -iE 'err|verify' /tmp/fio.out | head -n 3)"
   round=$((round + 1))
 done
+check detach detach a 0 # else the guest's end would wait for the disk's cache to be written
 kill $DAEMON
 wait $DAEMON
 result stop $?
