@@ -74,7 +74,7 @@ type Ring struct {
 	flags uint16
 	next  atomic.Uint32 // the entry that Next looks at; changed by Next only
 
-	free  sync.Pool     // of commands that were released
+	free sync.Pool // of commands that were released
 
 	mu      sync.Mutex
 	tail    uint32
