@@ -177,9 +177,7 @@ func (l *link) get(cl *Client, deadline time.Time) (*conn, error) {
 	if cl.ctx.Err() != nil {
 		return nil, ErrClosed
 	}
-	select {
-	case <-l.conn.ended:
-	default:
+	if l.conn.alive() {
 		return l.conn, nil
 	}
 	c, e, err := dialFor(cl.ctx, &cl.o, time.Until(deadline))

@@ -219,6 +219,9 @@ func TestLost(t *testing.T) {
 		t.Errorf("with the server back: %v", err)
 	}
 	stop()
+	if _, err := c.ReadAt(make([]byte, 10), 0); !errors.Is(err, client.ErrLost) {
+		t.Errorf("without a server again: %v", err)
+	}
 	serve(t, path, nbd.Options{}, nbd.Export{Device: nbdtest.NewDevice(1 << 10)})
 	if _, err := c.ReadAt(make([]byte, 10), 0); err == nil || !strings.Contains(err.Error(), "has changed") {
 		t.Errorf("with another export in its place: %v", err)

@@ -101,6 +101,13 @@ func (c *conn) do(r *request) error {
 	return <-r.done
 }
 
+// alive reports whether requests may be sent, as far as is known.
+func (c *conn) alive() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.lost == nil
+}
+
 func (c *conn) register(r *request) (uint64, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
