@@ -51,6 +51,7 @@ const (
 
 	compactMove = "qcow2/compactmove.go"
 	relocate    = "qcow2/internal/meta/relocate.go"
+	copyin      = "qcow2/copyin.go"
 	commit      = "image/commit.go"
 	rebase      = "image/rebase.go"
 	vmState     = "qcow2/vmstate.go"
@@ -498,6 +499,8 @@ var Defects = []Defect{
 		"	if err := tree.Drop(context.WithoutCancel(ctx), meta.CauseAlways); err != nil {\n		return err\n	}\n	if err := im.meta.WriteNow(zeroes, im.hdr.L1Offset+format.HostOff(first*8)); err != nil {\n		return err\n	}\n"},
 	{"rebase-shows-through", "a new backing file shows where the old one had ended", rebase,
 		"return r.overlay.Hide(ctx, off, run.n)", "return r.overlay.WriteZeroes(ctx, off, run.n, 0)"},
+	{"copied-by-host-unlinked", "clusters of a copy by the host that fails leak", copyin,
+		"		return 0, a.undo(err)\n", "		return 0, err\n"},
 	{"rebase-skips-zeroes", "a rebase does not look where the old backing file reads as zeroes", rebase,
 		"		return rebaseOldZero, end, nil\n", "		return rebaseSkip, end, nil\n"},
 }
