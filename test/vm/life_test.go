@@ -164,10 +164,10 @@ func TestNBD(t *testing.T) {
 	vm := machine(t)
 	j := newJob(t, nbdScript)
 	j.withImages(t, "a.qcow2", "256M")
-	n := 23
+	n := 22
 	if !short() {
 		j.withTools(t)
-		n = 29
+		n = 28
 	}
 	j.expect(t, vm, n)
 	clean(t, j, "/a.qcow2", false)
