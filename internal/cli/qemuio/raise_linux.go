@@ -2,6 +2,7 @@ package qemuio
 
 import (
 	"os"
+	"os/signal"
 	"slices"
 	"unsafe"
 
@@ -22,6 +23,9 @@ var fixed = []int{int(unix.SIGKILL), int(unix.SIGSTOP)}
 func raise(n int) error {
 	if slices.Contains(harmless, n) {
 		return nil // their handlers are the runtime's own business
+	}
+	if signal.Ignored(unix.Signal(n)) {
+		return nil // whoever started this program wants that, as nohup does
 	}
 	if !slices.Contains(fixed, n) {
 		// A struct sigaction of zeroes is SIG_DFL, however its fields are arranged.
