@@ -19,7 +19,7 @@ MUTATION    ?= .
 MUTATION_CI = ^(skip-first-sync|skip-last-sync|all-slices-first|reuse-at-once|punch-after-free|forget-copied|no-copy-on-write|evict-dirty)$$
 
 # All packages but those that have rungs of their own: they run long, or run other programs.
-UNIT      = $$(go list ./... | grep -vE '/test/(interop|qemunbd|hostile|weakness|coverage|nbd|kill|crash|fault|race|soak|vm)$$')
+UNIT      = $$(go list ./... | grep -vE '/test/(interop|qemunbd|scripts|hostile|weakness|coverage|nbd|kill|crash|fault|race|soak|vm)$$')
 # The packages with model tests drawn by rapid, which alone know its flags.
 MODELS    = ./block ./qcow2/internal/bitmap ./qcow2/internal/format ./test/model
 
@@ -128,7 +128,7 @@ model:
 	go test -count=1 -timeout 10m -run 'TestDeviceContract|TestRandomDamage' ./qcow2 ./qcow2/internal/check -rapid.checks=300
 
 interop: build
-	go test -count=1 -timeout 10m ./test/interop ./test/qemunbd
+	go test -count=1 -timeout 10m ./test/interop ./test/qemunbd ./test/scripts
 
 hostile: build ## damaged images: what stock makes of each, and what drover does
 	go test -count=1 -timeout 10m ./test/hostile

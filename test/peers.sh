@@ -7,6 +7,7 @@ set -euo pipefail
 needed=(
   qemu-img:qemu-utils qemu-io:qemu-utils qemu-nbd:qemu-utils
   nbdkit:nbdkit nbdinfo:libnbd-bin nbdcopy:libnbd-bin
+  cloud-localds:cloud-image-utils genisoimage:genisoimage genimage:genimage nbdsh:python3-libnbd # test/scripts
   fio:fio mke2fs:e2fsprogs
   gcc:gcc # the race detector is linked with it
 )

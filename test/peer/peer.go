@@ -17,7 +17,8 @@ import (
 var packages = map[string]string{
 	"qemu-img": "qemu-utils", "qemu-io": "qemu-utils", "qemu-nbd": "qemu-utils",
 	"nbdkit": "nbdkit", "nbdinfo": "libnbd-bin", "nbdcopy": "libnbd-bin",
-	"fio": "fio", "mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs",
+	"nbdsh": "python3-libnbd", "cloud-localds": "cloud-image-utils", "genisoimage": "genisoimage", "isoinfo": "genisoimage",
+	"genimage": "genimage", "fio": "fio", "mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs",
 }
 
 // sbin holds directories that Debian leaves out of an ordinary user's PATH.
