@@ -40,6 +40,7 @@ type script struct {
 	asks  string   // a command that fails where something else is missing; it skips the case
 	calls []string // the tools that must have been called, so that it is known whom the script has met
 	dates bool     // the contents of images depend on when they were made
+	as    func(*testing.T, *exec.Cmd)
 	text  string
 }
 
@@ -80,10 +81,18 @@ func (s script) skip(t *testing.T) {
 	}
 }
 
+// openDir is a new folder that every user may look into.
+func openDir(t testing.TB) string {
+	t.Helper()
+	dir := harness.SocketDir(t)
+	harness.OK(t, os.Chmod(dir, 0o755))
+	return dir
+}
+
 // stock makes a folder with links to the installed tools.
 func stock(t testing.TB) string {
 	t.Helper()
-	dir := t.TempDir()
+	dir := openDir(t)
 	for _, name := range tools {
 		harness.OK(t, os.Symlink(peer.Path(name), filepath.Join(dir, name)))
 	}
@@ -93,7 +102,7 @@ func stock(t testing.TB) string {
 // links makes a folder with links to a drover, as `make install-links` does.
 func links(t testing.TB, drover string) string {
 	t.Helper()
-	dir := t.TempDir()
+	dir := openDir(t)
 	for _, name := range tools {
 		path := filepath.Join(dir, name)
 		harness.OK(t, os.Symlink(drover, path))
@@ -115,7 +124,7 @@ func wrap(t testing.TB, dir, folder string) {
 		text := fmt.Sprintf("#!/bin/sh\nprintf '%%s\\n' \"%s $*\" >>'%s/calls'\nexec '%s/%s' \"$@\"\n", name, dir, folder, name)
 		harness.OK(t, os.WriteFile(filepath.Join(bin, name), []byte(text), 0o755))
 	}
-	harness.OK(t, os.WriteFile(filepath.Join(dir, "calls"), nil, 0o666))
+	harness.OK(t, os.WriteFile(filepath.Join(dir, "calls"), nil, 0o644))
 }
 
 // environment is that of a script which runs in the folder dir: the folder bin comes first in PATH, then Debian's own ones,
@@ -127,7 +136,7 @@ func environment(dir, bin string) []string {
 
 func (s script) run(t *testing.T, folder string) side {
 	t.Helper()
-	dir := harness.SocketDir(t)
+	dir := openDir(t)
 	wrap(t, dir, folder)
 	harness.OK(t, os.Mkdir(filepath.Join(dir, "work"), 0o755))
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
@@ -135,6 +144,9 @@ func (s script) run(t *testing.T, folder string) side {
 	cmd := exec.CommandContext(ctx, "bash", "-euo", "pipefail", "-c", prelude+s.text)
 	cmd.Dir = filepath.Join(dir, "work")
 	cmd.Env = environment(dir, filepath.Join(dir, "bin"))
+	if s.as != nil {
+		s.as(t, cmd)
+	}
 	// A tool that outlives its script keeps the pipe of its words.
 	cmd.WaitDelay = 10 * time.Second
 	out, err := cmd.CombinedOutput()
@@ -200,6 +212,9 @@ func compare(t *testing.T, s script, want, got side) {
 func sameImages(t *testing.T, want, got string, contents bool) {
 	t.Helper()
 	names := images(t, want)
+	if len(names) == 0 {
+		t.Errorf("the script leaves no image to look at")
+	}
 	if ours := images(t, got); !slices.Equal(ours, names) {
 		t.Errorf("images %q; stock tools made %q", ours, names)
 		return
