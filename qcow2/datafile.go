@@ -25,7 +25,8 @@ import (
 var ErrDataFile = errors.New("not possible with an external data file")
 
 var (
-	// errZeroedLately: a cluster of the external data file can be written only when older requests have ended.
+	// errZeroedLately: a cluster can be written only where it is, and only when older requests have ended. The request is run
+	// again then.
 	errZeroedLately = errors.New("cluster was zeroed a moment ago")
 	// errNotMapped: a cluster of a raw data file must be mapped first.
 	errNotMapped = errors.New("cluster of the raw data file is not mapped")
@@ -46,15 +47,10 @@ func (im *Image) writeAll(ctx context.Context, p []byte, off int64) error {
 			return err
 		})
 		p, off = p[n:], off+int64(n)
-		switch {
-		case errors.Is(err, errZeroedLately):
-			err = im.awaitZeroed()
-		case errors.Is(err, errNotMapped):
-			err = im.mapRaw(ctx, span{off, int64(len(p))})
-		default:
+		if !errors.Is(err, errNotMapped) {
 			return err
 		}
-		if err != nil {
+		if err := im.mapRaw(ctx, span{off, int64(len(p))}); err != nil {
 			return err
 		}
 	}

@@ -20,9 +20,9 @@ import (
 // brings it back. A power cut loses what was not flushed, as ever.
 //
 // While it is used, the header says so in its autoclear features (see docs/format-notes.md), so that a journal is never
-// brought back into an image that somebody else has changed meanwhile. Version 2 of the format has no such features, and
-// images that are marked dirty by an operation that stopped half way are as their refcounts leave them: there, and without
-// memory, every change is flushed before it is acknowledged, and so is what the journal has no room for.
+// brought back into an image that somebody else has changed meanwhile. Version 2 of the format has no such features, images with
+// internal snapshots must not have them (ErrJournalSnapshots), and images that are marked dirty by an operation that stopped half
+// way are as their refcounts leave them: there, and without memory, every change is flushed before it is acknowledged, and so is what the journal has no room for.
 type Journal struct {
 	// Memory is where the journal lies; nil: there is none. The image owns it, as it does its file.
 	Memory storage.SharedMemory
@@ -45,6 +45,10 @@ var (
 	ErrJournalMissing = errors.New("the image was used with a journal that is not here; after a power cut that is as it must be")
 	// ErrJournalVersion is what JournalReport.None wraps for an image in version 2 of the format.
 	ErrJournalVersion = errors.New("version 2 of the format cannot say that a journal is in use")
+	// ErrJournalSnapshots is what it wraps for an image with internal snapshots. The mark of a journal is an autoclear feature, and
+	// qemu-img check -r takes all snapshots out of an image in which it finds one that it does not know: no power cut may leave
+	// both.
+	ErrJournalSnapshots = errors.New("stock tools that repair an image marked as used with a journal remove its snapshots")
 	// ErrJournalForeign is for a journal of another image, or of another boot of the host.
 	ErrJournalForeign = journal.ErrForeign
 )
@@ -131,7 +135,10 @@ func (im *Image) startJournal() error {
 	features := im.hdr.Autoclear & format.AutoclearKnown
 	if jo := im.opts.Journal; jo != nil && !jo.Once {
 		j := journal.None()
-		if jo.Memory != nil && im.hdr.Version >= format.Version3 {
+		if jo.Memory != nil {
+			journal.Clear(jo.Memory.Bytes())
+		}
+		if jo.Memory != nil && im.noJournal() == nil {
 			nonce := newNonce()
 			var err error
 			if j, err = journal.Start(jo.Memory.Bytes(), jo.identity(), nonce); err != nil {
@@ -146,6 +153,29 @@ func (im *Image) startJournal() error {
 		}
 	}
 	return im.setAutoclear(features)
+}
+
+// noJournal returns why the image cannot be used with a journal.
+func (im *Image) noJournal() error { return noJournal(im.hdr) }
+
+func noJournal(h *format.Header) error {
+	switch {
+	case h.Version < format.Version3:
+		return ErrJournalVersion
+	case h.SnapshotCount > 0:
+		return ErrJournalSnapshots
+	}
+	return nil
+}
+
+// unmarkJournal takes the mark from the header before there is a snapshot. Everything is durable, and no request runs; when the
+// header is read again after the operation, every change is flushed from then on.
+func (im *Image) unmarkJournal() error {
+	if journalNonce(im.hdr) == 0 {
+		return nil
+	}
+	b := format.EncodeUint64(im.hdr.Autoclear & format.AutoclearKnown)
+	return im.writeField(format.OffAutoclear, b[:])
 }
 
 func newNonce() uint32 {
@@ -265,10 +295,10 @@ func (o *Options) keepWhatSurvives(fo block.FormatOptions, hdr *format.Header) e
 	default:
 		return fmt.Errorf("the image was used with a journal, which holds what was not flushed: %w", err)
 	}
-	if hdr.Version < format.Version3 && jo.Memory != nil {
+	if why := noJournal(hdr); why != nil && jo.Memory != nil && journalNonce(hdr) == 0 {
 		err := jo.Memory.Close(true)
 		jo.Memory = nil
-		fo.OnJournal(JournalReport{None: errors.Join(ErrJournalVersion, err)})
+		fo.OnJournal(JournalReport{None: errors.Join(why, err)})
 	}
 	o.Journal = jo
 	return nil

@@ -192,6 +192,9 @@ func (im *Image) createSnapshot(ctx context.Context, list []format.Snapshot, s *
 	if err := im.meta.SyncNow(); err != nil {
 		return err
 	}
+	if err := im.unmarkJournal(); err != nil {
+		return err
+	}
 	return im.switchSnapshots(&undo, table, len(list)+1)
 }
 

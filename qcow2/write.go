@@ -65,6 +65,8 @@ func (im *Image) changeChecked(ctx context.Context, check, fn func() error) erro
 			err = im.meta.MarkDirty()
 		case errors.Is(err, errNotArmed):
 			err = im.armBitmaps(ctx)
+		case errors.Is(err, errZeroedLately):
+			err = im.awaitZeroed()
 		case err == nil:
 			return im.keep(ctx)
 		default:
@@ -281,6 +283,9 @@ func (a *allocation) plan(most, in int64) (bool, error) {
 		}
 		return true, im.meta.Guard(a.host, a.n<<im.lay.ClusterBits)
 	}
+	if !reuse && im.hasNeighbours(e) {
+		return false, errZeroedLately
+	}
 	for a.n = 1; a.n < most && im.needsCluster(a.edit.Entry(a.n), reuse); a.n++ {
 	}
 	alloc, virgin, err := im.meta.Refs.Alloc(a.n)
@@ -320,9 +325,15 @@ func (im *Image) needsCluster(e meta.Entry, reuse bool) bool {
 	case reuse && im.reusable(e):
 		return false
 	case im.lay.ExtendedL2:
-		return im.lay.ValidBitmap(e.Word, e.Bitmap) && !(kind == format.KindNormal && e.Word.Copied() && e.Bitmap == format.BitmapAllAlloc)
+		return im.lay.ValidBitmap(e.Word, e.Bitmap) && !im.hasNeighbours(e)
 	}
 	return !im.inPlace(kind, e.Word.Copied())
+}
+
+// hasNeighbours reports whether some subclusters of a cluster hold data that is overwritten in place. Nobody may move such a
+// cluster, as long as requests run: a copy of it misses what they write where it was.
+func (im *Image) hasNeighbours(e meta.Entry) bool {
+	return im.lay.ExtendedL2 && im.lay.Kind(e.Word) == format.KindNormal && e.Word.Copied() && e.Bitmap.AnyAlloc()
 }
 
 // bound widens the data, bytes [from, to) from the start of the first cluster, to what must be written with it. A cluster

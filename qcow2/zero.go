@@ -2,7 +2,6 @@ package qcow2
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/droverproject/drover/block"
@@ -153,9 +152,7 @@ func (im *Image) zeroByWriting(ctx context.Context, s span) error {
 			if im.lay.DataFile { // not on into a unit of zeroes, which may be too young to be written
 				n = min(n, im.lay.SubclusterSize()-s.off%im.lay.SubclusterSize())
 			}
-			if _, err := im.write(ctx, zeroChunk[:n], s.off); errors.Is(err, errZeroedLately) {
-				continue // by somebody else: look again
-			} else if err != nil {
+			if _, err := im.write(ctx, zeroChunk[:n], s.off); err != nil {
 				return err
 			}
 		}
@@ -315,9 +312,13 @@ func (im *Image) zeroMapping(ctx context.Context, z zeroing) error {
 		err := im.changeMapping(ctx, span{off, z.body.end() - off}, func() error {
 			if cut := z.body.end() % im.lay.SubclusterSize(); cut != 0 && z.body.end() != im.Size() {
 				// The disk has grown: what was its end lies within a unit now.
-				z.body.n -= cut
-				im.mark(span{z.body.end(), cut})
-				return im.zeroByWriting(ctx, span{z.body.end(), cut})
+				part := span{z.body.end() - cut, cut}
+				im.mark(part)
+				if err := im.zeroByWriting(ctx, part); err != nil {
+					return err
+				}
+				z.body.n -= cut // last, as all this may be done twice
+				return nil
 			}
 			c, last := im.cluster(off), im.cluster(z.body.end()-1)
 			n, err := im.zeroSome(ctx, c, int64(last-c)+1, z)

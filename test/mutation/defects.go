@@ -371,6 +371,8 @@ var Defects = []Defect{
 	// Dirty bitmaps.
 	{"bitmap-not-marked", "a write in place is not recorded in dirty bitmaps", writer,
 		"		im.mark(span{off, n})\n", ""},
+	{"moved-under-a-neighbour", "a cluster is moved while another of its subclusters is overwritten in place", writer,
+		"	if !reuse && im.hasNeighbours(e) {\n		return false, errZeroedLately\n	}\n", ""},
 	{"bitmap-not-marked-new", "a write that allocates at once is not recorded in dirty bitmaps", writer,
 		"	im.mark(span{off, int64(len(p))})\n	a.bound(", "	a.bound("},
 	{"bitmap-not-armed-in-place", "a write in place does not wait until the disk says that bitmaps are in use", writer,

@@ -1,3 +1,5 @@
+//go:build unix
+
 // Package qemunbd runs stock qemu-nbd and drover under that name side by side, option by option, and compares what they say,
 // how they end, what clients see, and what becomes of the image.
 package qemunbd

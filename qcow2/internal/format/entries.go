@@ -209,6 +209,9 @@ const (
 // Alloc reports whether subcluster i has data.
 func (b L2Bitmap) Alloc(i int) bool { return b>>i&1 != 0 }
 
+// AnyAlloc reports whether some subcluster has data.
+func (b L2Bitmap) AnyAlloc() bool { return uint32(b) != 0 }
+
 // Zero reports whether subcluster i reads as zeroes.
 func (b L2Bitmap) Zero(i int) bool { return b>>(32+i)&1 != 0 }
 
