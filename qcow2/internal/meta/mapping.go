@@ -333,8 +333,9 @@ func (m *Mapping) loadSlice(t *table, i int64, wait bool) (*slice, error) {
 		s.words.Store(&words)
 	}
 	s.used.Store(true)
+	size := s.size // an edit may unpack the slice, and count that, as soon as others see it
 	t.slices[i].Store(s)
-	m.admit(s)
+	m.admit(s, size)
 	return s, nil
 }
 
@@ -367,11 +368,11 @@ func sliceBuf(n int64) *[]byte {
 	return b
 }
 
-// admit puts a loaded slice into the eviction clock and makes room for it.
-func (m *Mapping) admit(s *slice) {
+// admit puts a loaded slice of so many bytes into the eviction clock and makes room for it.
+func (m *Mapping) admit(s *slice, size int64) {
 	m.ringMu.Lock()
 	defer m.ringMu.Unlock()
-	for steps := 2 * len(m.ring); m.full(s.size) && steps > 0; steps-- {
+	for steps := 2 * len(m.ring); m.full(size) && steps > 0; steps-- {
 		if m.hand >= len(m.ring) {
 			m.hand = 0
 		}
@@ -385,7 +386,7 @@ func (m *Mapping) admit(s *slice) {
 		m.ring = m.ring[:last]
 	}
 	m.ring = append(m.ring, s)
-	m.grew(s.size)
+	m.grew(size)
 }
 
 func (m *Mapping) grew(n int64) {
