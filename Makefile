@@ -149,7 +149,7 @@ kill: build
 	go test -count=1 -timeout 10m ./test/kill
 
 crash: ## over 200,000 states that a power cut may leave
-	go test -count=1 -timeout 10m -v ./test/crash -seeds 4 -min-states 200000
+	go test -count=1 -timeout 10m -v ./test/crash -seeds 2 -min-states 200000
 
 crash-long: ## millions of them, CRASH_SEEDS (200) workloads on each image
 	go test -count=1 -timeout 0 -v ./test/crash -seeds $(CRASH_SEEDS) -samples 48 -min-states 2000000
