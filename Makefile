@@ -16,7 +16,7 @@ CRASH_SEEDS ?= 200
 # Which defects `make mutation` tries: a regular expression of their names.
 MUTATION    ?= .
 # Those that make test tries: one of each way to lose data, each caught within seconds.
-MUTATION_CI = ^(skip-first-sync|reuse-at-once|forget-copied|no-copy-on-write|evict-dirty)$$
+MUTATION_CI = ^(skip-first-sync|no-copy-on-write|evict-dirty)$$
 
 # All packages but those that have rungs of their own: they run long, or run other programs.
 UNIT      = $$(go list ./... | grep -vE '/test/(interop|qemunbd|scripts|hostile|weakness|coverage|nbd|kill|crash|fault|race|soak|vm)$$')
@@ -121,7 +121,7 @@ race-long: ## test/race explores for RACE_TIME (30m) under the race detector
 	DROVER_LONG=$(RACE_TIME) go test -count=1 -timeout 0 -race -v -cpu 1,2,8 ./test/race
 
 fuzz:
-	test/fuzz.sh 3000x
+	test/fuzz.sh 2000x
 
 model:
 	go test -count=1 -timeout 10m $(MODELS) -rapid.checks=300
@@ -148,8 +148,8 @@ fio: build
 kill: build
 	go test -count=1 -timeout 10m ./test/kill
 
-crash: ## over 200,000 states that a power cut may leave
-	go test -count=1 -timeout 10m -v ./test/crash -seeds 2 -min-states 200000
+crash: ## over 120,000 states that a power cut may leave
+	go test -count=1 -timeout 10m -v ./test/crash -seeds 1 -min-states 120000
 
 crash-long: ## millions of them, CRASH_SEEDS (200) workloads on each image
 	go test -count=1 -timeout 0 -v ./test/crash -seeds $(CRASH_SEEDS) -samples 48 -min-states 2000000
