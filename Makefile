@@ -112,7 +112,7 @@ cross:
 unit: build
 	go test -count=1 -timeout 10m $(UNIT)
 
-race: ## the race detector: test/race on 1, 2 and 8 processors, and the shorter unit tests
+race: build ## the race detector: test/race on 1, 2 and 8 processors, and the shorter unit tests
 	go test -count=1 -timeout 10m -race -short $(UNIT)
 	go test -count=1 -timeout 10m -race -short -run 'TestEveryCallOfAKind|TestFullDisk|TestSnapshotsOnBrokenStorage' ./test/fault
 	go test -count=1 -timeout 10m -race -short -cpu 1,2,8 ./test/race
