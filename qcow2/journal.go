@@ -138,7 +138,7 @@ func (im *Image) startJournal() error {
 		if jo.Memory != nil {
 			journal.Clear(jo.Memory.Bytes())
 		}
-		if jo.Memory != nil && im.noJournal() == nil {
+		if jo.Memory != nil && noJournal(im.hdr) == nil {
 			nonce := newNonce()
 			var err error
 			if j, err = journal.Start(jo.Memory.Bytes(), jo.identity(), nonce); err != nil {
@@ -155,9 +155,7 @@ func (im *Image) startJournal() error {
 	return im.setAutoclear(features)
 }
 
-// noJournal returns why the image cannot be used with a journal.
-func (im *Image) noJournal() error { return noJournal(im.hdr) }
-
+// noJournal returns why an image cannot be used with a journal.
 func noJournal(h *format.Header) error {
 	switch {
 	case h.Version < format.Version3:

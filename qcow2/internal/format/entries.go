@@ -18,6 +18,12 @@ const (
 	refTableReservedMask = 0x00000000000001ff
 )
 
+// Parts of the words of L1 and L2 tables, for those who change one and keep the rest.
+const (
+	MaskL2Offset   = offsetMask
+	FlagCompressed = flagCompressed
+)
+
 // MakeL1 returns the L1 entry for an L2 table at off. copied says that the table's refcount is exactly one.
 func MakeL1(off HostOff, copied bool) L1Entry {
 	e := L1Entry(off & offsetMask)

@@ -34,11 +34,6 @@ func (s *Store) NewRelocation(limit format.ClusterIdx) *Relocation {
 	return &Relocation{s: s, limit: limit}
 }
 
-const (
-	l2OffsetMask = 0x00fffffffffffe00
-	l2Compressed = 1 << 62
-)
-
 // Move copies a cluster to a place before the limit. The entries at hold n references to it. It reports false when they are
 // not all there are, or there is no place. copyTo writes what the cluster holds to the new place.
 func (r *Relocation) Move(from format.ClusterIdx, at []format.HostOff, n uint64, copyTo func(format.HostOff) error) (bool, error) {
@@ -47,7 +42,7 @@ func (r *Relocation) Move(from format.ClusterIdx, at []format.HostOff, n uint64,
 	if err != nil || counted != n || n == 0 {
 		return false, err
 	}
-	m := relocated{at: at, old: uint64(s.Layout.Offset(from)), mask: l2OffsetMask, from: ClusterRun{from, 1}, n: n}
+	m := relocated{at: at, old: uint64(s.Layout.Offset(from)), mask: format.MaskL2Offset, from: ClusterRun{from, 1}, n: n}
 	if same, err := m.unchanged(s); err != nil || !same {
 		return false, err
 	}
@@ -104,7 +99,7 @@ func (s *Store) raise(to ClusterRun, n uint64) error {
 func (m *relocated) unchanged(s *Store) (bool, error) {
 	for _, at := range m.at {
 		w, err := s.readWord(at)
-		if err != nil || w&(m.mask|l2Compressed) != m.old {
+		if err != nil || w&(m.mask|format.FlagCompressed) != m.old {
 			return false, err
 		}
 	}
