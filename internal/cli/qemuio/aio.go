@@ -3,6 +3,7 @@ package qemuio
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -10,39 +11,56 @@ import (
 	"github.com/droverproject/drover/block"
 )
 
-// requests are those that run beside the commands. What they have to tell is told by the shell, between commands, in the
-// order in which they ended.
+// requests are those that run beside the commands. What they have to tell is told by the shell, between commands: of those
+// that ended meanwhile in the order in which they were made, since two that ended at the same time, one having waited for
+// the other's cluster, say, come from goroutines that chance puts in order.
 type requests struct {
 	running sync.WaitGroup
+	made    int // so far; only the shell's goroutine counts
 	mu      sync.Mutex
-	ended   []func() // each tells of one request
+	ended   []ended
+}
+
+// ended is a request that has ended.
+type ended struct {
+	number int
+	tell   func()
 }
 
 // submit runs do beside the commands. tell, run by the shell afterwards, gets how it ended and how long it took.
 func (s *Shell) submit(do func() error, tell func(err error, took time.Duration)) {
 	start := time.Now()
+	number := s.aio.next()
 	s.aio.running.Add(1)
 	go func() {
 		defer s.aio.running.Done()
 		err := do()
-		s.aio.end(func() { tell(err, time.Since(start)) })
+		took := time.Since(start)
+		s.aio.end(number, func() { tell(err, took) })
 	}()
 }
 
-func (r *requests) end(tell func()) {
+// next numbers the requests.
+func (r *requests) next() int {
+	r.made++
+	return r.made
+}
+
+func (r *requests) end(number int, tell func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.ended = append(r.ended, tell)
+	r.ended = append(r.ended, ended{number, tell})
 }
 
 // reapRequests tells of the requests that have ended.
 func (s *Shell) reapRequests() {
 	s.aio.mu.Lock()
-	ended := s.aio.ended
+	all := s.aio.ended
 	s.aio.ended = nil
 	s.aio.mu.Unlock()
-	for _, tell := range ended {
-		tell()
+	slices.SortFunc(all, func(a, b ended) int { return a.number - b.number })
+	for _, e := range all {
+		e.tell()
 	}
 }
 
@@ -150,7 +168,7 @@ func runAIOWrite(s *Shell, ctx context.Context, c command, words []string) error
 // start submits a request, or notes its failure at once when it lies outside the disk.
 func (s *Shell) start(im *Image, off, n int64, do func() error, tell func(error, time.Duration)) {
 	if err := block.CheckRange(off, n, im.Size()); err != nil {
-		s.aio.end(func() { tell(err, 0) })
+		s.aio.end(s.aio.next(), func() { tell(err, 0) })
 		return
 	}
 	s.submit(do, tell)
