@@ -10,6 +10,7 @@ import (
 	"maps"
 	"regexp"
 	"slices"
+	"sync"
 
 	"github.com/droverproject/drover/storage"
 )
@@ -28,12 +29,12 @@ type manner struct {
 	detectZeroes string
 }
 
-var nodeName = regexp.MustCompile(`^[A-Za-z][-A-Za-z0-9._]{0,30}$`)
+var nodeName = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[A-Za-z][-A-Za-z0-9._]{0,30}$`) })
 
 // takeGeneric takes the options that every node has.
 func takeGeneric(n Options, u usage) (usage, manner, error) {
 	var m manner
-	if name, ok := n.take("node-name"); ok && !nodeName.MatchString(name) {
+	if name, ok := n.take("node-name"); ok && !nodeName().MatchString(name) {
 		return u, m, fmt.Errorf("Invalid node-name: '%s'", name)
 	}
 	readOnly, err := n.takeBool("read-only", u.readOnly)

@@ -1,40 +1,50 @@
 package daemon
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
 )
 
-// metricsHandler answers in the text format of Prometheus with what look sees at that moment.
-func metricsHandler(look func() (ServerStatus, []DiskStatus)) http.Handler {
-	r := prometheus.NewRegistry()
-	r.MustRegister(collector{look}, collectors.NewGoCollector()) // two different ones: neither can fail
-	return promhttp.HandlerFor(r, promhttp.HandlerOpts{MaxRequestsInFlight: 4})
-}
+// maxScrapes is how many requests for metrics are answered at a time.
+const maxScrapes = 4
 
-// collector turns statuses into metrics.
-type collector struct {
-	look func() (ServerStatus, []DiskStatus)
+// metricsHandler answers in the text format of Prometheus with what look sees at that moment. Of Prometheus' libraries it takes
+// the format alone: those that collect would cost every run of the program more to start than the rest of it, whether
+// anybody asks for metrics or not.
+func metricsHandler(look func() (ServerStatus, []DiskStatus)) http.Handler {
+	scrapes := make(chan struct{}, maxScrapes)
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		select {
+		case scrapes <- struct{}{}:
+			defer func() { <-scrapes }()
+		default:
+			http.Error(w, "too many requests for metrics at once", http.StatusServiceUnavailable)
+			return
+		}
+		var text bytes.Buffer
+		if err := writeMetrics(&text, look); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", string(expfmt.NewFormat(expfmt.TypeTextPlain)))
+		_, _ = w.Write(text.Bytes()) // whoever asked may be gone
+	})
 }
 
 // diskMetric is one number of each disk.
 type diskMetric struct {
-	desc  *prometheus.Desc
-	kind  prometheus.ValueType
-	value func(*DiskStatus) float64
-}
-
-func newDiskMetric(kind prometheus.ValueType, name, help string, value func(*DiskStatus) float64) diskMetric {
-	desc := prometheus.NewDesc("drover_disk_"+name, help, []string{"disk", "hba", "image"}, nil)
-	return diskMetric{desc, kind, value}
+	kind       dto.MetricType
+	name, help string
+	value      func(*DiskStatus) float64
 }
 
 func one(yes bool) float64 {
@@ -46,60 +56,112 @@ func one(yes bool) float64 {
 
 // diskMetrics lists them. Those of requests begin anew when a disk does.
 func diskMetrics() []diskMetric {
-	const counter, gauge = prometheus.CounterValue, prometheus.GaugeValue
+	const counter, gauge = dto.MetricType_COUNTER, dto.MetricType_GAUGE
 	return []diskMetric{
-		newDiskMetric(gauge, "up", "1 if the disk is served, 0 if it could not be opened.",
-			func(d *DiskStatus) float64 { return one(d.State == StateServing) }),
-		newDiskMetric(gauge, "size_bytes", "The length of the disk.", func(d *DiskStatus) float64 { return float64(d.Size) }),
-		newDiskMetric(gauge, "read_only", "1 if clients can change nothing.", func(d *DiskStatus) float64 { return one(d.ReadOnly) }),
-		newDiskMetric(gauge, "clients", "Connections that use the disk or one of its snapshots.",
-			func(d *DiskStatus) float64 { return float64(d.Clients) }),
-		newDiskMetric(gauge, "in_flight", "Requests under way.", func(d *DiskStatus) float64 { return float64(d.IO.Inflight) }),
-		newDiskMetric(counter, "requests_total", "Requests of every kind.", func(d *DiskStatus) float64 { return float64(d.IO.Requests) }),
-		newDiskMetric(counter, "reads_total", "Read requests.", func(d *DiskStatus) float64 { return float64(d.IO.Reads) }),
-		newDiskMetric(counter, "writes_total", "Write requests.", func(d *DiskStatus) float64 { return float64(d.IO.Writes) }),
-		newDiskMetric(counter, "flushes_total", "Flush requests.", func(d *DiskStatus) float64 { return float64(d.IO.Flushes) }),
-		newDiskMetric(counter, "discards_total", "Requests that give space back or zero.",
-			func(d *DiskStatus) float64 { return float64(d.IO.Discards) }),
-		newDiskMetric(counter, "read_bytes_total", "Bytes read.", func(d *DiskStatus) float64 { return float64(d.IO.BytesRead) }),
-		newDiskMetric(counter, "written_bytes_total", "Bytes written.", func(d *DiskStatus) float64 { return float64(d.IO.BytesWritten) }),
-		newDiskMetric(counter, "errors_total", "Requests that the image failed.", func(d *DiskStatus) float64 { return float64(d.IO.Errors) }),
-		newDiskMetric(gauge, "cache_bytes", "Memory that the image's metadata takes.", func(d *DiskStatus) float64 { return float64(d.CacheBytes) }),
-		newDiskMetric(gauge, "cluster_cache_bytes", "Memory that decompressed clusters take.",
-			func(d *DiskStatus) float64 { return float64(d.ClusterCacheBytes) }),
-		newDiskMetric(gauge, "snapshots", "Snapshots inside the image.", func(d *DiskStatus) float64 { return float64(d.SnapshotCount) }),
-		newDiskMetric(gauge, "bitmaps", "Dirty bitmaps inside the image.", func(d *DiskStatus) float64 { return float64(d.BitmapCount) }),
-		newDiskMetric(gauge, "unflushed", "1 if there are changes that a power cut could take back.",
-			func(d *DiskStatus) float64 { return one(d.Unflushed) }),
-		newDiskMetric(gauge, "dirty", "1 if the image would be repaired when it is opened after a sudden end of the server.",
-			func(d *DiskStatus) float64 { return one(d.Dirty) }),
-		newDiskMetric(gauge, "corrupt", "1 if the image was found damaged and takes no changes any more.",
-			func(d *DiskStatus) float64 { return one(d.Corrupt != "") }),
+		{gauge, "up", "1 if the disk is served, 0 if it could not be opened.",
+			func(d *DiskStatus) float64 { return one(d.State == StateServing) }},
+		{gauge, "size_bytes", "The length of the disk.", func(d *DiskStatus) float64 { return float64(d.Size) }},
+		{gauge, "read_only", "1 if clients can change nothing.", func(d *DiskStatus) float64 { return one(d.ReadOnly) }},
+		{gauge, "clients", "Connections that use the disk or one of its snapshots.",
+			func(d *DiskStatus) float64 { return float64(d.Clients) }},
+		{gauge, "in_flight", "Requests under way.", func(d *DiskStatus) float64 { return float64(d.IO.Inflight) }},
+		{counter, "requests_total", "Requests of every kind.", func(d *DiskStatus) float64 { return float64(d.IO.Requests) }},
+		{counter, "reads_total", "Read requests.", func(d *DiskStatus) float64 { return float64(d.IO.Reads) }},
+		{counter, "writes_total", "Write requests.", func(d *DiskStatus) float64 { return float64(d.IO.Writes) }},
+		{counter, "flushes_total", "Flush requests.", func(d *DiskStatus) float64 { return float64(d.IO.Flushes) }},
+		{counter, "discards_total", "Requests that give space back or zero.",
+			func(d *DiskStatus) float64 { return float64(d.IO.Discards) }},
+		{counter, "read_bytes_total", "Bytes read.", func(d *DiskStatus) float64 { return float64(d.IO.BytesRead) }},
+		{counter, "written_bytes_total", "Bytes written.", func(d *DiskStatus) float64 { return float64(d.IO.BytesWritten) }},
+		{counter, "errors_total", "Requests that the image failed.", func(d *DiskStatus) float64 { return float64(d.IO.Errors) }},
+		{gauge, "cache_bytes", "Memory that the image's metadata takes.", func(d *DiskStatus) float64 { return float64(d.CacheBytes) }},
+		{gauge, "cluster_cache_bytes", "Memory that decompressed clusters take.",
+			func(d *DiskStatus) float64 { return float64(d.ClusterCacheBytes) }},
+		{gauge, "snapshots", "Snapshots inside the image.", func(d *DiskStatus) float64 { return float64(d.SnapshotCount) }},
+		{gauge, "bitmaps", "Dirty bitmaps inside the image.", func(d *DiskStatus) float64 { return float64(d.BitmapCount) }},
+		{gauge, "unflushed", "1 if there are changes that a power cut could take back.",
+			func(d *DiskStatus) float64 { return one(d.Unflushed) }},
+		{gauge, "dirty", "1 if the image would be repaired when it is opened after a sudden end of the server.",
+			func(d *DiskStatus) float64 { return one(d.Dirty) }},
+		{gauge, "corrupt", "1 if the image was found damaged and takes no changes any more.",
+			func(d *DiskStatus) float64 { return one(d.Corrupt != "") }},
 	}
 }
 
-// Describe implements prometheus.Collector. It says nothing, so that metrics are judged when they are collected.
-func (collector) Describe(chan<- *prometheus.Desc) {}
-
-// Collect implements prometheus.Collector.
-func (c collector) Collect(out chan<- prometheus.Metric) {
-	server, disks := c.look()
-	number := func(name, help string, v float64) {
-		out <- prometheus.MustNewConstMetric(prometheus.NewDesc("drover_"+name, help, nil, nil), prometheus.GaugeValue, v)
+// writeMetrics writes them all.
+func writeMetrics(w *bytes.Buffer, look func() (ServerStatus, []DiskStatus)) error {
+	server, disks := look()
+	list := []*dto.MetricFamily{
+		gauge("drover_info", "What the server is.", 1, "kind", server.Kind, "version", server.Version),
+		gauge("drover_disks", "Disks that are served.", float64(server.Disks)),
+		gauge("drover_clients", "Connections that use a disk.", float64(server.Clients)),
+		gauge("drover_cache_bytes", "Memory that the metadata of all images takes.", float64(server.CacheBytes)),
+		gauge("drover_cache_limit_bytes", "How much that may be.", float64(server.CacheLimit)),
+		gauge("drover_start_time_seconds", "When the server was started, in seconds since 1970.", float64(server.Started.Unix())),
 	}
-	info := prometheus.NewDesc("drover_info", "What the server is.", []string{"kind", "version"}, nil)
-	out <- prometheus.MustNewConstMetric(info, prometheus.GaugeValue, 1, text(server.Kind), text(server.Version))
-	number("disks", "Disks that are served.", float64(server.Disks))
-	number("clients", "Connections that use a disk.", float64(server.Clients))
-	number("cache_bytes", "Memory that the metadata of all images takes.", float64(server.CacheBytes))
-	number("cache_limit_bytes", "How much that may be.", float64(server.CacheLimit))
-	number("start_time_seconds", "When the server was started, in seconds since 1970.", float64(server.Started.Unix()))
 	for _, m := range diskMetrics() {
+		f := family(m.kind, "drover_disk_"+m.name, m.help)
 		for i := range disks {
 			d := &disks[i]
-			out <- prometheus.MustNewConstMetric(m.desc, m.kind, m.value(d), text(d.Name), text(d.HBA), text(d.Image))
+			f.Metric = append(f.Metric, sample(m.kind, m.value(d), "disk", d.Name, "hba", d.HBA, "image", d.Image))
+		}
+		list = append(list, f)
+	}
+	for _, f := range append(list, runtimeMetrics()...) {
+		if len(f.Metric) == 0 {
+			continue // of no disk
+		}
+		if _, err := expfmt.MetricFamilyToText(w, f); err != nil {
+			return fmt.Errorf("metric %s: %w", f.GetName(), err)
 		}
 	}
+	return nil
+}
+
+// runtimeMetrics are those of the program itself that show whether it leaks, under the names that all programs in Go have.
+func runtimeMetrics() []*dto.MetricFamily {
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	threads, _ := runtime.ThreadCreateProfile(nil)
+	return []*dto.MetricFamily{
+		gauge("go_info", "The version of Go.", 1, "version", runtime.Version()),
+		gauge("go_goroutines", "Goroutines that there are.", float64(runtime.NumGoroutine())),
+		gauge("go_threads", "Threads that were made.", float64(threads)),
+		gauge("go_memstats_alloc_bytes", "Bytes of objects, in use or not yet swept.", float64(m.Alloc)),
+		family(dto.MetricType_COUNTER, "go_memstats_alloc_bytes_total", "Bytes of all objects that there ever were.",
+			sample(dto.MetricType_COUNTER, float64(m.TotalAlloc))),
+		gauge("go_memstats_heap_inuse_bytes", "Bytes of spans with objects.", float64(m.HeapInuse)),
+		gauge("go_memstats_heap_idle_bytes", "Bytes of spans without objects.", float64(m.HeapIdle)),
+		gauge("go_memstats_heap_released_bytes", "Those of them that the system has back.", float64(m.HeapReleased)),
+		gauge("go_memstats_stack_inuse_bytes", "Bytes of stacks.", float64(m.StackInuse)),
+		gauge("go_memstats_sys_bytes", "Bytes from the system.", float64(m.Sys)),
+		gauge("go_memstats_next_gc_bytes", "The heap at which garbage is collected next.", float64(m.NextGC)),
+		gauge("go_memstats_last_gc_time_seconds", "When it was last, in seconds since 1970.", float64(m.LastGC)/1e9),
+	}
+}
+
+// gauge is a family of one number that goes up and down.
+func gauge(name, help string, v float64, labels ...string) *dto.MetricFamily {
+	return family(dto.MetricType_GAUGE, name, help, sample(dto.MetricType_GAUGE, v, labels...))
+}
+
+func family(kind dto.MetricType, name, help string, samples ...*dto.Metric) *dto.MetricFamily {
+	return &dto.MetricFamily{Name: &name, Help: &help, Type: &kind, Metric: samples}
+}
+
+// sample is a number with labels, given as name and value in turn.
+func sample(kind dto.MetricType, v float64, labels ...string) *dto.Metric {
+	m := new(dto.Metric)
+	if kind == dto.MetricType_COUNTER {
+		m.Counter = &dto.Counter{Value: &v}
+	} else {
+		m.Gauge = &dto.Gauge{Value: &v}
+	}
+	for ; len(labels) > 1; labels = labels[2:] {
+		name, value := labels[0], text(labels[1])
+		m.Label = append(m.Label, &dto.LabelPair{Name: &name, Value: &value})
+	}
+	return m
 }
 
 // text is what can stand in a label: names of files may be any bytes, and labels are UTF-8.

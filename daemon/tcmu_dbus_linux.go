@@ -134,7 +134,7 @@ func (b *TCMUBus) describe() error {
 			Name: "GetManagedObjects", Args: []introspect.Arg{{Name: "objects", Type: "a{oa{sa{sv}}}", Direction: "out"}},
 		}}},
 	}}
-	if err := b.conn.Export(introspect.NewIntrospectable(root), busPath, dbusIntrospection); err != nil {
+	if err := b.introspectable(root, busPath); err != nil {
 		return err
 	}
 	manager := &introspect.Node{Name: string(busManagerPath), Interfaces: []introspect.Interface{
@@ -145,7 +145,55 @@ func (b *TCMUBus) describe() error {
 			},
 		}}},
 	}}
-	return b.conn.Export(introspect.NewIntrospectable(manager), busManagerPath, dbusIntrospection)
+	return b.introspectable(manager, busManagerPath)
+}
+
+// introspectable lets an object be asked what it has. The method is named here, as all others are, and not found by
+// dbus.Conn.Export: looking for methods by reflection would keep every method of the whole program in the binary.
+func (b *TCMUBus) introspectable(node *introspect.Node, path dbus.ObjectPath) error {
+	methods := map[string]any{"Introspect": introspect.NewIntrospectable(node).Introspect}
+	return b.conn.ExportMethodTable(methods, path, dbusIntrospection)
+}
+
+// constant is an object's only property, which never changes: prop.Export, which looks for methods by reflection, is for more.
+type constant struct {
+	iface, name string
+	value       prop.Prop
+}
+
+func (c constant) methods() map[string]any {
+	return map[string]any{"Get": c.get, "GetAll": c.getAll, "Set": c.set}
+}
+
+func (c constant) get(iface, name string) (dbus.Variant, *dbus.Error) {
+	if err := c.known(iface, name); err != nil {
+		return dbus.Variant{}, err
+	}
+	return dbus.MakeVariant(c.value.Value), nil
+}
+
+func (c constant) getAll(iface string) (map[string]dbus.Variant, *dbus.Error) {
+	if err := c.known(iface, c.name); err != nil {
+		return nil, err
+	}
+	return map[string]dbus.Variant{c.name: dbus.MakeVariant(c.value.Value)}, nil
+}
+
+func (c constant) set(iface, name string, _ dbus.Variant) *dbus.Error {
+	if err := c.known(iface, name); err != nil {
+		return err
+	}
+	return prop.ErrReadOnly
+}
+
+func (c constant) known(iface, name string) *dbus.Error {
+	if iface != c.iface {
+		return prop.ErrIfaceNotFound
+	}
+	if name != c.name {
+		return prop.ErrPropNotFound
+	}
+	return nil
 }
 
 // checkConfig is CheckConfig of one of our handlers. Who may read every image anyway is told whether this one can be opened.
@@ -192,10 +240,8 @@ func (b *TCMUBus) exportHandler(name, description string, check any) error {
 	if err := b.conn.ExportMethodTable(methods, path, busName); err != nil {
 		return err
 	}
-	props, err := prop.Export(b.conn, path, prop.Map{busName: {
-		"ConfigDesc": {Value: description, Emit: prop.EmitConst},
-	}})
-	if err != nil {
+	desc := prop.Prop{Value: description, Emit: prop.EmitConst}
+	if err := b.conn.ExportMethodTable(constant{busName, "ConfigDesc", desc}.methods(), path, dbusProperties); err != nil {
 		return err
 	}
 	in := func(name, kind string) introspect.Arg { return introspect.Arg{Name: name, Type: kind, Direction: "in"} }
@@ -204,7 +250,7 @@ func (b *TCMUBus) exportHandler(name, description string, check any) error {
 	}
 	node := &introspect.Node{Name: string(path), Interfaces: []introspect.Interface{
 		introspect.IntrospectData, prop.IntrospectData, {
-			Name: busName, Properties: props.Introspection(busName), Methods: []introspect.Method{
+			Name: busName, Properties: []introspect.Property{desc.Introspection("ConfigDesc")}, Methods: []introspect.Method{
 				{Name: "CheckConfig", Args: []introspect.Arg{in("configstr", "s"), out("is_valid", "b"), out("message", "s")}},
 				{Name: "ChangeMedium", Args: []introspect.Arg{
 					in("name", "s"), in("size", "t"), in("configstr", "s"), out("ret", "i"), out("message", "s"),
@@ -212,14 +258,14 @@ func (b *TCMUBus) exportHandler(name, description string, check any) error {
 			},
 		},
 	}}
-	return b.conn.Export(introspect.NewIntrospectable(node), path, dbusIntrospection)
+	return b.introspectable(node, path)
 }
 
 // hideHandler takes the object of a handler away.
 func (b *TCMUBus) hideHandler(name string) error {
 	path := handlerPath(name)
-	return errors.Join(b.conn.Export(nil, path, busName), b.conn.Export(nil, path, dbusProperties),
-		b.conn.Export(nil, path, dbusIntrospection))
+	return errors.Join(b.conn.ExportMethodTable(nil, path, busName), b.conn.ExportMethodTable(nil, path, dbusProperties),
+		b.conn.ExportMethodTable(nil, path, dbusIntrospection))
 }
 
 type managedObject = map[string]map[string]dbus.Variant
@@ -242,7 +288,7 @@ func (b *TCMUBus) managedObjects() (map[dbus.ObjectPath]managedObject, *dbus.Err
 }
 
 // subtypes are names that can stand in an object path and in a bus name.
-var subtypes = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,63}$`)
+var subtypes = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]{0,63}$`) })
 
 // maxExternal bounds the handlers of other processes: anybody on the bus may register.
 const maxExternal = 64
@@ -250,7 +296,7 @@ const maxExternal = 64
 // register takes in a handler of another process, which owns the name of the handler on the bus: that is what the bus's
 // policy lets some processes do and others not.
 func (b *TCMUBus) register(sender dbus.Sender, subtype, description string) (bool, string, *dbus.Error) {
-	if !subtypes.MatchString(subtype) || subtype == "HandlerManager1" {
+	if !subtypes().MatchString(subtype) || subtype == "HandlerManager1" {
 		return false, fmt.Sprintf("%q is no name of a handler", subtype), nil
 	}
 	if len(description) > 4096 {

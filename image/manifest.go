@@ -38,8 +38,9 @@ type Manifest struct {
 
 func (m *Manifest) setBlocks(blocks []blockHash) {
 	m.Blocks = make([]string, len(blocks))
+	zero := zeroBlockHash()
 	for i, h := range blocks {
-		if h != zeroBlockHash {
+		if h != zero {
 			m.Blocks[i] = hex.EncodeToString(h[:])
 		}
 	}
@@ -54,7 +55,7 @@ func (m *Manifest) blockHashes() ([]blockHash, error) {
 	blocks := make([]blockHash, len(m.Blocks))
 	for i, text := range m.Blocks {
 		if text == "" {
-			blocks[i] = zeroBlockHash
+			blocks[i] = zeroBlockHash()
 			continue
 		}
 		if n, err := hex.Decode(blocks[i][:], []byte(text)[:min(len(text), 2*sha256.Size)]); err != nil || n != sha256.Size || len(text) != 2*sha256.Size {

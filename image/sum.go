@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash"
+	"sync"
 
 	"github.com/droverproject/drover/block"
 )
@@ -83,11 +84,12 @@ func sumOf(size int64, blocks []blockHash) []byte {
 	return h.Sum(nil)
 }
 
-// zeroBlockHash is the hash of a whole block of zeroes.
-var zeroBlockHash = blockHash(sha256.Sum256(sumZeroes[:]))
+// zeroBlockHash is the hash of a whole block of zeroes. It is made when it is wanted: hashing a block would be the longest part
+// of the start of a program that sums nothing.
+var zeroBlockHash = sync.OnceValue(func() blockHash { return sha256.Sum256(sumZeroes[:]) })
 
 func newSummer(dev block.Device, o SumOptions) *summer {
-	return &summer{o: o, dev: dev, size: dev.Size(), cursor: newCursor(dev), top: sha256.New(), zero: zeroBlockHash}
+	return &summer{o: o, dev: dev, size: dev.Size(), cursor: newCursor(dev), top: sha256.New(), zero: zeroBlockHash()}
 }
 
 type summer struct {

@@ -82,9 +82,58 @@ func Run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 }
 
 func (a *app) runDrover(ctx context.Context, args []string) error {
-	root := a.rootCommand()
-	a.completeFlags(root)
+	root := a.rootCommand(makersFor(args))
+	if len(args) > 0 && strings.HasPrefix(args[0], cobra.ShellCompRequestCmd) {
+		a.completeFlags(root)
+	}
 	return a.execute(ctx, root, args)
+}
+
+// maker makes a command. Most runs need one of them only, and to make all takes longer than many a command runs.
+type maker struct {
+	name string
+	make func(*app) *cobra.Command
+}
+
+// imageMakers make the commands that qemu-img has too.
+func imageMakers() []maker {
+	return []maker{
+		{"amend", (*app).amendCommand}, {"bench", (*app).benchCommand}, {"bitmap", (*app).bitmapCommand}, {"check", (*app).checkCommand},
+		{"commit", (*app).commitCommand}, {"compare", (*app).compareCommand}, {"convert", (*app).convertCommand},
+		{"create", (*app).createCommand}, {"dd", (*app).ddCommand}, {"info", (*app).infoCommand}, {"map", (*app).mapCommand},
+		{"measure", (*app).measureCommand}, {"rebase", (*app).rebaseCommand}, {"resize", (*app).resizeCommand},
+		{"snapshot", (*app).snapshotCommand},
+	}
+}
+
+// allMakers make all commands of drover.
+func allMakers() []maker {
+	return append(append(imageMakers(), ownMakers()...), maker{"serve", (*app).serveCommand}, maker{"tcmu", (*app).tcmuCommand},
+		maker{"ctl", (*app).ctlCommand}, maker{"nbd", (*app).nbdCommand}, maker{"version", (*app).versionCommand})
+}
+
+// wantAll are the commands that look at all the others.
+var wantAll = []string{"completion", "man"}
+
+// makersFor are those of the commands that a command line needs: the one that it begins with, or all of them where it begins
+// with something else, such as help.
+func makersFor(args []string) []maker {
+	all := allMakers()
+	if len(args) == 0 || slices.Contains(wantAll, args[0]) {
+		return all
+	}
+	if i := slices.IndexFunc(all, func(m maker) bool { return m.name == args[0] }); i >= 0 {
+		return all[i : i+1]
+	}
+	return all
+}
+
+func (a *app) commands(makers []maker) []*cobra.Command {
+	list := make([]*cobra.Command, len(makers))
+	for i, m := range makers {
+		list[i] = m.make(a)
+	}
+	return list
 }
 
 func (a *app) execute(ctx context.Context, root *cobra.Command, args []string) error {
@@ -146,23 +195,35 @@ func (a *app) warn(text string) { a.say("warning: %s", text) }
 // printf writes output.
 func (a *app) printf(format string, args ...any) { fmt.Fprintf(a.out, format, args...) }
 
-// usageTemplate is how a command's help ends.
-const usageTemplate = `Usage:
-  {{.UseLine}}{{if .HasExample}}
+// usage is how a command's help ends. It is no template: text/template calls methods by their names, and a program that contains
+// it keeps every method of every type, which makes drover an eighth larger, in memory too.
+func (a *app) usage(cmd *cobra.Command) error {
+	var b strings.Builder
+	fmt.Fprintf(&b, "Usage:\n  %s", cmd.UseLine())
+	if cmd.HasExample() {
+		fmt.Fprintf(&b, "\n\nExamples:\n%s", cmd.Example)
+	}
+	if cmd.HasAvailableSubCommands() {
+		b.WriteString("\n\nCommands:")
+		for _, c := range cmd.Commands() {
+			if c.IsAvailableCommand() {
+				fmt.Fprintf(&b, "\n  %-*s %s", c.NamePadding(), c.Name(), c.Short)
+			}
+		}
+	}
+	if cmd.HasAvailableLocalFlags() {
+		fmt.Fprintf(&b, "\n\nFlags:\n%s", strings.TrimRight(cmd.LocalFlags().FlagUsages(), " \t\n"))
+	}
+	if cmd.HasAvailableSubCommands() {
+		fmt.Fprintf(&b, "\n\n'%s COMMAND --help' tells more about a command.", cmd.CommandPath())
+	}
+	b.WriteString("\n")
+	_, err := io.WriteString(cmd.OutOrStderr(), b.String())
+	return err
+}
 
-Examples:
-{{.Example}}{{end}}{{if .HasAvailableSubCommands}}
-
-Commands:{{range .Commands}}{{if .IsAvailableCommand}}
-  {{rpad .Name .NamePadding}} {{.Short}}{{end}}{{end}}{{end}}{{if .HasAvailableLocalFlags}}
-
-Flags:
-{{.LocalFlags.FlagUsages | trimTrailingWhitespaces}}{{end}}{{if .HasAvailableSubCommands}}
-
-'{{.CommandPath}} COMMAND --help' tells more about a command.{{end}}
-`
-
-func (a *app) rootCommand() *cobra.Command {
+// rootCommand is the command above those that the makers make.
+func (a *app) rootCommand(makers []maker) *cobra.Command {
 	root := &cobra.Command{
 		Use:   program + " COMMAND [flags]",
 		Short: "Create, examine, check and serve disk images",
@@ -189,12 +250,12 @@ otherwise.`,
 			}
 			return usagef("Command not found: %s", args[0])
 		},
-		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		CompletionOptions: cobra.CompletionOptions{DisableDefaultCmd: true}, // there is one of our own
 	}
 	root.SetOut(a.out)
 	root.SetErr(a.err)
 	root.SetFlagErrorFunc(flagError)
-	root.SetUsageTemplate(usageTemplate)
+	root.SetUsageFunc(a.usage)
 	root.Flags().BoolP("version", "V", false, "print the version and exit")
 	root.SetHelpCommand(&cobra.Command{
 		Use:    "help [COMMAND]",
@@ -209,20 +270,11 @@ otherwise.`,
 			return c.Help()
 		},
 	})
-	root.AddCommand(append(a.imageCommands(), a.ownCommands()...)...)
-	root.AddCommand(a.serveCommand(), a.tcmuCommand(), a.ctlCommand(), a.nbdCommand(), a.versionCommand())
+	root.AddCommand(a.commands(makers)...)
 	for _, c := range root.Commands() {
 		c.Flags().SortFlags = false
 	}
 	return root
-}
-
-// imageCommands are those that qemu-img has too.
-func (a *app) imageCommands() []*cobra.Command {
-	return []*cobra.Command{
-		a.amendCommand(), a.benchCommand(), a.bitmapCommand(), a.checkCommand(), a.commitCommand(), a.compareCommand(), a.convertCommand(), a.createCommand(), a.ddCommand(),
-		a.infoCommand(), a.mapCommand(), a.measureCommand(), a.rebaseCommand(), a.resizeCommand(), a.snapshotCommand(),
-	}
 }
 
 // flagError says what is wrong with a flag in the words of getopt, which qemu-img uses.

@@ -55,6 +55,7 @@ func manualName(cmd *cobra.Command) string { return strings.ReplaceAll(cmd.Comma
 func manual(out io.Writer, cmd *cobra.Command) error {
 	m := &roff{bufio.NewWriter(out)}
 	name := manualName(cmd)
+	inherited := cmd.InheritedFlags() // before the synopsis, which says [flags] only if it knows of some
 	m.macro(".TH", strings.ToUpper(name), "1", "", program+" "+version(), "User Commands")
 	m.section("NAME")
 	m.line(name + " - " + lower(cmd.Short))
@@ -67,7 +68,7 @@ func manual(out io.Writer, cmd *cobra.Command) error {
 	}
 	m.text(long)
 	m.flags("OPTIONS", cmd.LocalFlags())
-	m.flags("OPTIONS OF ALL ITS COMMANDS", cmd.InheritedFlags())
+	m.flags("OPTIONS OF ALL ITS COMMANDS", inherited)
 	if cmd.HasAvailableSubCommands() {
 		m.section("COMMANDS")
 		for _, c := range cmd.Commands() {

@@ -16,7 +16,7 @@ import (
 func TestManuals(t *testing.T) {
 	dir := t.TempDir()
 	mustDrover(t, "man", dir)
-	root := (&app{name: program, out: new(bytes.Buffer), err: new(bytes.Buffer)}).rootCommand()
+	root := (&app{name: program, out: new(bytes.Buffer), err: new(bytes.Buffer)}).rootCommand(allMakers())
 	var want []string
 	var walk func(*cobra.Command)
 	walk = func(c *cobra.Command) {

@@ -65,7 +65,7 @@ func (o *netObjects) add(text string) error {
 	if !ok {
 		return errorf("Parameter 'id' is missing")
 	}
-	if !objectID.MatchString(id) {
+	if !objectID().MatchString(id) {
 		return errorf("Parameter 'id' expects an identifier\n" +
 			"Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.")
 	}

@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"unicode/utf8"
 
@@ -108,7 +109,7 @@ func (o *objectFlags) other(text string) (bool, error) {
 // secretProperties are the properties of a secret.
 var secretProperties = []string{"data", "file", "format", "keyid", "iv"}
 
-var objectID = regexp.MustCompile(`^[A-Za-z][-A-Za-z0-9._]*$`)
+var objectID = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^[A-Za-z][-A-Za-z0-9._]*$`) })
 
 // lookup returns the object of a kind that nodes use, by its ID.
 func (o *objectFlags) lookup(kind, id string) (any, error) {
@@ -145,7 +146,7 @@ func parseObject(text string) (id string, props map[string]string, err error) {
 	switch {
 	case !ok:
 		return "", nil, errorf("Parameter 'id' is missing")
-	case !objectID.MatchString(id):
+	case !objectID().MatchString(id):
 		return "", nil, errorf("Parameter 'id' expects an identifier\n" +
 			"Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.")
 	}

@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"testing"
@@ -182,14 +183,30 @@ func TestSumCommand(t *testing.T) {
 
 // TestOwnCommandsAreDrovers: under the name of qemu-img there are none but its commands.
 func TestOwnCommandsAreDrovers(t *testing.T) {
-	a := &app{}
 	theirs := map[string]bool{}
-	for _, c := range a.imageCommands() {
-		theirs[c.Name()] = true
+	for _, m := range imageMakers() {
+		theirs[m.name] = true
 	}
-	for _, c := range a.ownCommands() {
-		if theirs[c.Name()] {
-			t.Errorf("%s is among qemu-img's commands", c.Name())
+	for _, m := range ownMakers() {
+		if theirs[m.name] {
+			t.Errorf("%s is among qemu-img's commands", m.name)
+		}
+	}
+}
+
+// TestMakers: what a command is found by is its name.
+func TestMakers(t *testing.T) {
+	for _, m := range allMakers() {
+		if got := m.make(&app{name: program, out: io.Discard, err: io.Discard}).Name(); got != m.name {
+			t.Errorf("the maker of %s makes %s", m.name, got)
+		}
+	}
+	if n := len(makersFor([]string{"convert", "--help"})); n != 1 {
+		t.Errorf("%d commands are made to run one", n)
+	}
+	for _, args := range [][]string{nil, {"help"}, {"man", "."}, {"completion", "bash"}, {"--version"}, {"nonsense"}, {"__complete", "convert", ""}} {
+		if got, want := len(makersFor(args)), len(allMakers()); got != want {
+			t.Errorf("%v sees %d of %d commands", args, got, want)
 		}
 	}
 }

@@ -214,14 +214,14 @@ func (a *app) runImgCommand(ctx context.Context, name string, args []string) err
 	if i < 0 {
 		return usagef("Command not found: %s", name)
 	}
-	root := a.rootCommand()
-	root.Use = a.name + " COMMAND [flags]"
-	root.ResetCommands()
-	root.AddCommand(a.imageCommands()...)
-	cmd, _, err := root.Find([]string{name})
-	if err != nil {
+	makers := imageMakers()
+	made := slices.IndexFunc(makers, func(m maker) bool { return m.name == name })
+	if made < 0 {
 		return usagef("Command not found: %s", name)
 	}
+	root := a.rootCommand(makers[made : made+1])
+	root.Use = a.name + " COMMAND [flags]"
+	cmd := root.Commands()[0]
 	last := args
 	if name == "resize" {
 		// The size may begin with a minus sign. It is the last argument, whatever it looks like.
@@ -230,7 +230,7 @@ func (a *app) runImgCommand(ctx context.Context, name string, args []string) err
 		}
 		args, last = args[:len(args)-1], args[len(args)-1:]
 	}
-	args, err = all[i].canonical(args)
+	args, err := all[i].canonical(args)
 	switch {
 	case errors.Is(err, errHelp):
 		a.imgHelp()
@@ -273,9 +273,9 @@ func (a *app) imgHelp() {
 
 Command syntax:
 `, program)
-	own := a.imageCommands()
+	own := imageMakers()
 	for _, c := range imgCommands() {
-		if slices.ContainsFunc(own, func(cmd *cobra.Command) bool { return cmd.Name() == c.name }) {
+		if slices.ContainsFunc(own, func(m maker) bool { return m.name == c.name }) {
 			a.printf("  %s %s\n", c.name, c.usage)
 		}
 	}

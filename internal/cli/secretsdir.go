@@ -23,7 +23,7 @@ func (d secretsDir) lookup(id string) ([]byte, error) {
 	fail := func(err error) ([]byte, error) {
 		return nil, fmt.Errorf("secret '%s' in %q: %w", id, string(d), err)
 	}
-	if !objectID.MatchString(id) {
+	if !objectID().MatchString(id) {
 		return fail(errors.New("an ID consists of letters, digits, '-', '.', '_', and starts with a letter"))
 	}
 	if err := d.check(); err != nil {

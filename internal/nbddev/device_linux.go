@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"runtime"
 	"strconv"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,7 +26,7 @@ const (
 	ioSetFlags      = 0xab0a
 )
 
-var indexPattern = regexp.MustCompile(`^nbd([0-9]{1,6})$`)
+var indexPattern = sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(`^nbd([0-9]{1,6})$`) })
 
 // IndexOf returns the index of the device that a name stands for: /dev/nbd5, or another name of that device. The device need
 // not exist yet if its name tells.
@@ -42,7 +43,7 @@ func IndexOf(name string) (int, error) {
 			base = filepath.Base(link)
 		}
 	}
-	m := indexPattern.FindStringSubmatch(base)
+	m := indexPattern().FindStringSubmatch(base)
 	if m == nil {
 		return 0, fmt.Errorf("%s is not an NBD device", name)
 	}

@@ -54,7 +54,7 @@ var layers = map[string][]string{
 var modules = map[string][]string{
 	"cmd/drover":   {},
 	"internal/cli": {"github.com/spf13/cobra", "github.com/spf13/pflag", "golang.org/x/sys"},
-	"daemon":       {"golang.org/x/sys", "github.com/godbus/dbus/v5", "github.com/prometheus/client_golang"},
+	"daemon":       {"golang.org/x/sys", "github.com/godbus/dbus/v5", "github.com/prometheus/client_model", "github.com/prometheus/common"},
 	"nbd":          {"golang.org/x/sys"},
 	"tcmu":         {"golang.org/x/sys", "github.com/mdlayher/genetlink", "github.com/mdlayher/netlink"},
 	"scsi":         {},

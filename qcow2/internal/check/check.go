@@ -299,20 +299,24 @@ func (c *checker) inside(off format.HostOff, n uint64) int64 {
 	return int64(min(n, uint64(c.fileSize)-uint64(off)))
 }
 
-// chunkBytes is how much of a table is read at once.
+// chunkBytes is how much of the file is read at once where tables are in a row.
 const chunkBytes = 1 << 20
+
+// wordBytes is how much of one table is decoded at once. It is small: most tables are empty but for their beginning, and to
+// touch memory costs more than to read.
+const wordBytes = 32 << 10
 
 // words calls fn for the words of a table of n bytes that are in the file, some of them at a time; first is the index
 // of the first of them. A part of a word at the end of the file is extended with zeroes.
 func (c *checker) words(off format.HostOff, n uint64, fn func(first int64, words []uint64) error) error {
 	length := (c.inside(off, n) + 7) &^ 7
-	buf := make([]byte, min(length, chunkBytes))
+	buf := make([]byte, min(length, wordBytes))
 	words := make([]uint64, len(buf)/8)
-	for done := int64(0); done < length; done += chunkBytes {
+	for done := int64(0); done < length; done += wordBytes {
 		if err := c.ctx.Err(); err != nil {
 			return err
 		}
-		b := buf[:min(length-done, chunkBytes)]
+		b := buf[:min(length-done, wordBytes)]
 		if err := c.readInto(b, off+format.HostOff(done)); err != nil {
 			return err
 		}

@@ -9,7 +9,7 @@ import (
 // storedRefcounts is the refcounts as the file has them.
 type storedRefcounts struct {
 	l     format.Layout
-	table []format.RefTableEntry // as far as it is in the file
+	table []format.RefTableEntry // up to the last entry that is not 0
 	// blocks holds the refcount blocks by host offset. A block that is named but not here is not in the file: zeroes.
 	blocks map[format.HostOff][]byte
 	// byNum holds them by the table's index.
@@ -20,8 +20,14 @@ type storedRefcounts struct {
 func (c *checker) loadRefcountTable() (*storedRefcounts, error) {
 	s := &storedRefcounts{l: c.l, blocks: make(map[format.HostOff][]byte)}
 	n := uint64(c.h.RefTableLen) << c.l.ClusterBits
-	err := c.words(c.h.RefTableOffset, n, func(_ int64, words []uint64) error {
-		for _, w := range words {
+	err := c.words(c.h.RefTableOffset, n, func(first int64, words []uint64) error {
+		for i, w := range words {
+			if w == 0 {
+				continue // as all is behind the end of the table
+			}
+			if at := int(first) + i; at > len(s.table) {
+				s.table = append(s.table, make([]format.RefTableEntry, at-len(s.table))...)
+			}
 			s.table = append(s.table, format.RefTableEntry(w))
 		}
 		return nil
@@ -32,11 +38,7 @@ func (c *checker) loadRefcountTable() (*storedRefcounts, error) {
 	if err := c.loadBlocks(s); err != nil {
 		return nil, err
 	}
-	used := len(s.table)
-	for used > 0 && s.table[used-1] == 0 {
-		used--
-	}
-	s.byNum = make([][]byte, used)
+	s.byNum = make([][]byte, len(s.table))
 	for i := range s.byNum {
 		s.byNum[i] = s.blocks[s.table[i].Offset()]
 	}
