@@ -96,6 +96,14 @@ type OverwriteDevice interface {
 	TryOverwriteAt(p []byte, off int64) error
 }
 
+// DataDevice is implemented by a TryDevice that tells data from zeroes, for servers that need not send zeroes.
+type DataDevice interface {
+	TryDevice
+	// TryReadDataAt is TryReadAt of a range of which nothing is known to read as zeroes; otherwise ErrWouldBlock. Reads that
+	// take much computing, which several processors could share, are refused as well.
+	TryReadDataAt(p []byte, off int64) error
+}
+
 // CompressedWriter is implemented by devices that can store data compressed.
 type CompressedWriter interface {
 	// WriteCompressed writes p to the disk at off, like WriteAt, and stores it compressed where that makes it smaller. What

@@ -149,6 +149,15 @@ func (d *moded) TryReadAt(p []byte, off int64) error {
 	return d.try.TryReadAt(p, off)
 }
 
+// TryReadDataAt implements DataDevice.
+func (d *moded) TryReadDataAt(p []byte, off int64) error {
+	below, ok := d.try.(DataDevice)
+	if !ok {
+		return ErrWouldBlock
+	}
+	return below.TryReadDataAt(p, off)
+}
+
 // TryWriteAt implements TryDevice.
 func (d *moded) TryWriteAt(p []byte, off int64) error {
 	if d.try == nil || d.durable(false) || d.mode.DetectZeroes != DetectOff && isZero(p) {

@@ -71,6 +71,17 @@ func (d *part) TryReadAt(p []byte, off int64) error {
 	return d.try.TryReadAt(p, d.off+off)
 }
 
+func (d *part) TryReadDataAt(p []byte, off int64) error {
+	below, ok := d.try.(DataDevice)
+	if !ok {
+		return ErrWouldBlock
+	}
+	if err := CheckRange(off, int64(len(p)), d.n); err != nil {
+		return err
+	}
+	return below.TryReadDataAt(p, d.off+off)
+}
+
 func (d *part) TryWriteAt(p []byte, off int64) error {
 	if d.try == nil {
 		return ErrWouldBlock

@@ -213,6 +213,20 @@ func (r *Raw) TryReadAt(p []byte, off int64) error {
 	return err
 }
 
+// TryReadDataAt implements DataDevice.
+func (r *Raw) TryReadDataAt(p []byte, off int64) error {
+	if err := r.enter(off, int64(len(p))); err != nil {
+		return err
+	}
+	end, data, _, err := r.status(r.o.Offset + off)
+	r.gate.leave()
+	if err != nil || !data || end < r.o.Offset+off+int64(len(p)) {
+		return ErrWouldBlock
+	}
+	// A hole that is made meanwhile is read as zeroes, which it is.
+	return r.TryReadAt(p, off)
+}
+
 // read fills p with what fn reads; what lies past the end of the file reads as zeroes, since the last sector of the disk
 // may be longer than the file.
 func (r *Raw) read(p []byte, off int64, fn func([]byte, int64) (int, error)) error {

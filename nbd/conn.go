@@ -14,9 +14,14 @@ import (
 )
 
 const (
-	// inPlaceMax is the longest payload of a request that is answered in place: beyond it, what a change of goroutine
-	// costs is lost in what the copy costs, and another request could use the time.
+	// inPlaceMax is the longest payload of a request that is answered in place out of the read buffer and into a batch.
 	inPlaceMax = 64 << 10
+	// bulkMax is the longest payload of a request that is answered in place with a buffer of its own: handing it to another
+	// goroutine costs as much as copying it, but beyond this bound other requests could use the time.
+	bulkMax = 4 << 20
+	// coldReads is how many long reads go to workers unasked after one whose data was not at hand: asking in vain means
+	// copying what there was of it twice.
+	coldReads = 15
 	// batchSize bounds the replies that are collected before they are sent. It fits into a unix socket's default buffer,
 	// so that the client can start on them while the next ones are made.
 	batchSize = 128 << 10
@@ -70,6 +75,8 @@ type conn struct {
 	why     errno     // and its error
 	out     *buffer   // batch of replies
 	outLen  int
+	cold    int  // how many of the next long reads are not tried in place
+	roomy   bool // the socket has been asked for room for long replies
 
 	work    chan *request  // to idle workers
 	workers sync.WaitGroup // all workers
@@ -282,7 +289,7 @@ func (c *conn) got(n int) error {
 		if c.loaded == int(c.load.length) {
 			r := c.load
 			c.load = nil
-			c.dispatch(r)
+			c.begin(r)
 		}
 		return nil
 	case c.skip > 0:

@@ -182,7 +182,7 @@ func (c *conn) largePayload(h header, payload uint64) error {
 	r.buf = c.srv.buffers.get(int(payload))
 	c.loaded = copy(r.buf.b, there)
 	if c.loaded == int(payload) {
-		c.dispatch(r)
+		c.begin(r)
 		return nil
 	}
 	c.load = r
@@ -273,8 +273,70 @@ func (c *conn) handle(h header, payload []byte) error {
 		r.buf = c.srv.buffers.get(len(payload))
 		copy(r.buf.b, payload)
 	}
-	c.dispatch(r)
+	if h.length > inPlaceMax {
+		c.begin(r)
+	} else {
+		c.dispatch(r) // it has been tried
+	}
 	return nil
+}
+
+// begin serves a request that is too long for a batch: in place if that can be done at once, otherwise by a worker.
+func (c *conn) begin(r *request) {
+	if r.cmd == CmdRead {
+		c.makeRoom()
+	}
+	if r.length <= bulkMax && (r.cmd == CmdRead && c.readBulk(r) || r.cmd == CmdWrite && c.writeBulk(r)) {
+		c.send(r)
+		return
+	}
+	c.dispatch(r)
+}
+
+// readBulk fills the reply of a long read if the device has the bytes at hand and none of them needs no sending.
+func (c *conn) readBulk(r *request) bool {
+	if c.cold > 0 {
+		c.cold--
+		return false
+	}
+	if c.exp.try == nil || c.pointless(r.header) {
+		return false
+	}
+	r.buf = c.srv.buffers.get(int(r.length))
+	var err error
+	switch {
+	case c.mode == modeSimple || r.flags&cmdDF != 0:
+		err = c.exp.try.TryReadAt(r.payload(), int64(r.off))
+	case c.exp.data != nil:
+		err = c.exp.data.TryReadDataAt(r.payload(), int64(r.off))
+	default:
+		err = block.ErrWouldBlock
+	}
+	if err != nil { // a worker meets it, too, if it is an error
+		c.srv.buffers.put(r.buf)
+		r.buf = nil
+		c.cold = coldReads
+		return false
+	}
+	c.readDone(r)
+	return true
+}
+
+// readDone makes the reply of a read whose bytes are in r.buf.
+func (c *conn) readDone(r *request) {
+	c.bytesRead.Add(r.length)
+	r.heads = appendReadHead(r.heads[:0], c.mode, r.header)
+	r.vecs = append(r.vecs, r.heads, r.payload())
+}
+
+// writeBulk serves a long write if the device can take the bytes at once.
+func (c *conn) writeBulk(r *request) bool {
+	if c.exp.try == nil || r.flags&cmdFUA != 0 || c.exp.try.TryWriteAt(r.payload(), int64(r.off)) != nil {
+		return false // a worker meets an error, too
+	}
+	c.bytesWritten.Add(r.length)
+	c.succeed(r)
+	return true
 }
 
 // readInPlace answers a read if the device has the bytes at hand.

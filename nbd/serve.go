@@ -133,9 +133,7 @@ func (c *conn) read(r *request) error {
 	if err := c.exp.Device.ReadAt(c.ctx, r.payload(), int64(r.off)); err != nil {
 		return err
 	}
-	c.bytesRead.Add(r.length)
-	r.heads = appendReadHead(r.heads[:0], c.mode, r.header)
-	r.vecs = append(r.vecs, r.heads, r.payload())
+	c.readDone(r)
 	return nil
 }
 

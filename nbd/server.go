@@ -154,8 +154,9 @@ type Advertised struct {
 // export is an Export in service.
 type export struct {
 	Export
-	try      block.TryDevice // nil when the device has no such methods
-	provided bool            // it belongs to one connection
+	try      block.TryDevice  // nil when the device has no such methods
+	data     block.DataDevice // the same
+	provided bool             // it belongs to one connection
 	contexts []Context
 	block    [3]uint32 // minimum, preferred and maximum block size
 
@@ -241,6 +242,7 @@ func newExport(e Export, maxRequest int) (*export, error) {
 		return nil, fmt.Errorf("nbd: export %q: device has size %d", e.Name, size)
 	}
 	x.try, _ = e.Device.(block.TryDevice)
+	x.data, _ = e.Device.(block.DataDevice)
 	for _, c := range e.Contexts {
 		if err := checkContext(x.contexts, c); err != nil {
 			return nil, fmt.Errorf("nbd: export %q: %w", e.Name, err)

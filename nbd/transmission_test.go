@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -201,6 +202,80 @@ func TestSparseRead(t *testing.T) {
 	r := do(t, c, nbdtest.Request{Cmd: nbdtest.Read, Length: disk}, 0)
 	if !bytes.Equal(r.Data, dev.Bytes(0, disk)) || r.Chunks > 64 || r.Holes < 16 {
 		t.Errorf("fragmented read: %d chunks, %d holes", r.Chunks, r.Holes)
+	}
+}
+
+// TestLongRequestsInPlace counts which long requests reach the methods of a device that may wait.
+func TestLongRequestsInPlace(t *testing.T) {
+	const disk, long = 8 << 20, 1 << 20
+	for _, m := range modes {
+		t.Run(string(m), func(t *testing.T) {
+			dev := nbdtest.NewDevice(disk)
+			var waited atomic.Int64
+			dev.Gate = func(_ context.Context, op string, _, _ int64) error {
+				if op == "read" || op == "write" {
+					waited.Add(1)
+				}
+				return nil
+			}
+			cold := false
+			dev.TryErr = func(write bool, off, n int64) error {
+				if cold {
+					return block.ErrWouldBlock
+				}
+				return nil
+			}
+			s := start(t, nbd.Options{}, nbd.Export{Device: dev})
+			c := s.open(m, "")
+			expect := func(what string, want int64) {
+				t.Helper()
+				if got := waited.Swap(0); got != want {
+					t.Errorf("%s: %d calls that may wait, want %d", what, got, want)
+				}
+			}
+			read := func() {
+				t.Helper()
+				r := do(t, c, nbdtest.Request{Cmd: nbdtest.Read, Off: 512, Length: long}, 0)
+				if !bytes.Equal(r.Data, dev.Bytes(512, long)) {
+					t.Error("wrong data")
+				}
+			}
+			data := bytes.Repeat([]byte("data"), long/2)
+			do(t, c, nbdtest.Request{Cmd: nbdtest.Write, Data: data}, 0)
+			expect("a write", 0)
+			do(t, c, nbdtest.Request{Cmd: nbdtest.Write, Data: data, Flags: nbdtest.FUA}, 0)
+			expect("a write with FUA", 1)
+			if dev.Durable.Load() != 1 {
+				t.Error("a write with FUA was not durable")
+			}
+			read()
+			expect("a read", 0)
+
+			cold = true
+			do(t, c, nbdtest.Request{Cmd: nbdtest.Write, Data: data}, 0)
+			expect("a write that has to wait", 1)
+			tries := dev.Tries.Load()
+			for range 10 {
+				read()
+			}
+			expect("reads of what is not at hand", 10)
+			if got := dev.Tries.Load() - tries; got != 1 {
+				t.Errorf("10 reads of what is not at hand were tried %d times, want 1", got)
+			}
+			cold = false
+			for range 20 {
+				read()
+			}
+			if waited.Swap(0) > 10 {
+				t.Error("after reads that had to wait, reads of what is at hand are not tried again")
+			}
+
+			do(t, c, nbdtest.Request{Cmd: nbdtest.WriteZeroes, Off: 4096, Length: 65536}, 0)
+			r := do(t, c, nbdtest.Request{Cmd: nbdtest.Read, Length: long}, 0)
+			if m != simple && r.Holes != 1 || !bytes.Equal(r.Data, dev.Bytes(0, long)) {
+				t.Errorf("a read with a hole: %d holes sent, want 1", r.Holes)
+			}
+		})
 	}
 }
 

@@ -136,6 +136,7 @@ func exercise(t testing.TB, f *storage.MemFile, readOnly bool) {
 		}
 		_ = im.ReadAt(ctx, p, off)
 		_ = im.TryReadAt(p, off)
+		_ = im.TryReadDataAt(p, off)
 		n := 0
 		_ = im.Extents(ctx, off, size-off, func(block.Extent) bool { n++; return n < 1000 })
 		if readOnly {

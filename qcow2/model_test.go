@@ -193,7 +193,7 @@ func (h *harness) step() {
 		copy(m, got)
 	case op < 85:
 		got := make([]byte, n)
-		if h.im.TryReadAt(got, off) != nil {
+		if (op%2 == 0 || h.im.TryReadDataAt(got, off) != nil) && h.im.TryReadAt(got, off) != nil {
 			h.must("read", h.im.ReadAt(ctx, got, off))
 		}
 		if !bytes.Equal(got, m) {

@@ -437,6 +437,7 @@ func testTry(t *testing.T, dev block.Device) {
 			if err != nil && !errors.Is(err, block.ErrWouldBlock) {
 				t.Fatalf("TryReadAt: %v", err)
 			}
+			tryData(t, dev, want, off, n)
 			continue
 		}
 		p := pattern(n, uint64(i))
@@ -456,6 +457,33 @@ func testTry(t *testing.T, dev block.Device) {
 	}
 	if err := try.TryWriteAt(make([]byte, 2), dev.Size()-1); !refused(err) {
 		t.Errorf("TryWriteAt past the end: %v", err)
+	}
+}
+
+// tryData reads a range of what is wanted where the device says that it is data.
+func tryData(t *testing.T, dev block.Device, want []byte, off, n int64) {
+	t.Helper()
+	data, ok := dev.(block.DataDevice)
+	if !ok {
+		return
+	}
+	got := make([]byte, n)
+	switch err := data.TryReadDataAt(got, off); {
+	case err == nil && !bytes.Equal(got, want[off:][:n]):
+		t.Fatalf("TryReadDataAt(%d, %d) reads something else than ReadAt", n, off)
+	case err != nil && !errors.Is(err, block.ErrWouldBlock):
+		t.Fatalf("TryReadDataAt: %v", err)
+	case err != nil:
+		return
+	}
+	err := dev.Extents(context.Background(), off, n, func(e block.Extent) bool {
+		if e.Zero && !e.Data {
+			t.Fatalf("TryReadDataAt(%d, %d) reads a range that is zero at %d", n, off, e.Off)
+		}
+		return true
+	})
+	if err != nil {
+		t.Fatalf("Extents: %v", err)
 	}
 }
 

@@ -37,6 +37,7 @@ const (
 	packer    = "qcow2/internal/meta/packer.go"
 	row       = "qcow2/internal/meta/row.go"
 	reader    = "qcow2/read.go"
+	tryData   = "qcow2/trydata.go"
 	zero      = "qcow2/zero.go"
 	rewrite   = "qcow2/internal/format/rewrite.go"
 	expand    = "qcow2/internal/meta/expand.go"
@@ -490,6 +491,12 @@ var Defects = []Defect{
 		"		k, err := im.write(ctx, p[done:]", "		im.mark(span{0, at.n})\n		k, err := im.write(ctx, p[done:]"},
 	{"state-out-of-thin-air", "machine state that was never written reads as what happens to be there", vmState,
 		"	clear(p[n:])\n", ""},
+
+	// Reads in place.
+	{"data-from-the-cluster", "a long read in place begins at the cluster's first byte", tryData,
+		"int64(run.Entry.HostOffset())+in)", "int64(run.Entry.HostOffset()))"},
+	{"data-unpacked", "a long read in place shows compressed clusters as zeroes", tryData,
+		"		default:\n			err = block.ErrWouldBlock\n", "		default:\n			clear(p[:n])\n"},
 
 	// Work over whole images.
 	{"emptied-before-durable", "an image is emptied before its backing file holds what was committed", commit,

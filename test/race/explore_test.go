@@ -135,9 +135,12 @@ func (c *client) step() error {
 	case k < 30:
 		q.name, q.act = "read", actRead
 		return c.read(q, func(p []byte) error { return c.im.ReadAt(ctx, p, off) })
-	case k < 38:
+	case k < 35:
 		q.name, q.act = "try read", actRead
 		return c.read(q, func(p []byte) error { return c.im.TryReadAt(p, off) })
+	case k < 38:
+		q.name, q.act = "try read data", actRead
+		return c.read(q, func(p []byte) error { return c.im.TryReadDataAt(p, off) })
 	case k < 43 && !c.hasData() && c.wholeClusters(sector, n):
 		q.name = "write compressed"
 		// A resize may have moved the end of the disk, which alone may cut a cluster.

@@ -30,8 +30,8 @@ type Device struct {
 }
 
 var (
-	_ block.Device    = (*Device)(nil)
-	_ block.TryDevice = (*Device)(nil)
+	_ block.Device     = (*Device)(nil)
+	_ block.DataDevice = (*Device)(nil)
 )
 
 // NewDevice returns a disk of size bytes, all of it a hole.
@@ -43,7 +43,7 @@ func NewDevice(size int64) *Device {
 	}
 }
 
-// Slow is a Device without the methods of a block.TryDevice.
+// Slow is a Device without the methods of a block.TryDevice or block.DataDevice.
 type Slow struct{ block.Device }
 
 func (d *Device) gate(ctx context.Context, op string, off, n int64) error {
@@ -182,6 +182,20 @@ func (d *Device) TryReadAt(p []byte, off int64) error {
 	defer d.mu.RUnlock()
 	copy(p, d.data[off:])
 	return nil
+}
+
+// TryReadDataAt implements block.DataDevice.
+func (d *Device) TryReadDataAt(p []byte, off int64) error {
+	d.mu.RLock()
+	end := min(off+int64(len(p)), d.Size())
+	for g := off / Grain; g*Grain < end; g++ {
+		if !d.alloc[g] {
+			d.mu.RUnlock()
+			return block.ErrWouldBlock
+		}
+	}
+	d.mu.RUnlock()
+	return d.TryReadAt(p, off)
 }
 
 // TryWriteAt implements block.TryDevice.
