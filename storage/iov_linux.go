@@ -79,7 +79,7 @@ func vectorFull(fd int, sysno uintptr, bufs [][]byte, off int64, unit int64) (in
 	}
 	many := iovPool.Get().(*[iovMax]unix.Iovec)
 	n, err := vectorLoop(fd, sysno, many[:], bufs, off, unit)
-	clear(many[:])
+	clear(many[:min(len(bufs), iovMax)])
 	iovPool.Put(many)
 	return n, err
 }

@@ -243,6 +243,13 @@ func TestNoAllocations(t *testing.T) {
 				}
 				return err
 			},
+			"NowaitV": func() error {
+				_, err := storage.ReadVNowait(f, bufs, 8192)
+				if err == storage.ErrWouldBlock {
+					err = nil
+				}
+				return err
+			},
 			"Size": func() error { _, err := f.Size(); return err },
 		}
 		if _, err := f.WriteAt(p, 8192+32<<10); err != nil {

@@ -487,6 +487,28 @@ func testNowait(t *testing.T, f storage.File) {
 			t.Errorf("ReadAtNowait(%d): wrong bytes", r.off)
 		}
 	}
+	for _, off := range []int64{0, 100, 5000, 7000, 9990, 20000} {
+		testNowaitVectors(t, f, data, off)
+	}
+}
+
+// testNowaitVectors reads the same range with and without vectors.
+func testNowaitVectors(t *testing.T, f storage.File, data []byte, off int64) {
+	p := bytes.Repeat([]byte{0x99}, 3000)
+	want := copy(bytes.Clone(p), data[min(off, int64(len(data))):])
+	var bufs [][]byte
+	for rest := p; len(rest) > 0; rest = rest[min(len(rest), 100):] {
+		bufs = append(bufs, nil, rest[:1], rest[1:min(len(rest), 100)])
+	}
+	n, err := storage.ReadVNowait(f, bufs, off)
+	if err == storage.ErrWouldBlock {
+		return
+	}
+	if n != want || (n < len(p)) != (err == io.EOF) || n == len(p) && err != nil {
+		t.Errorf("ReadVNowait(%d) = %d, %v; want %d", off, n, err, want)
+	} else if n > 0 && !bytes.Equal(p[:n], data[off:][:n]) {
+		t.Errorf("ReadVNowait(%d): wrong bytes", off)
+	}
 }
 
 func testSync(t *testing.T, f storage.File) {
