@@ -68,22 +68,30 @@ func (d *moded) Info() Info {
 }
 
 func (d *moded) WriteAt(ctx context.Context, p []byte, off int64, flags WriteFlags) error {
-	fua := d.durable(flags&WriteFUA != 0)
 	if d.mode.DetectZeroes != DetectOff && isZero(p) {
-		var zero ZeroFlags
-		if d.mode.DetectZeroes == DetectUnmap && !d.mode.NoDiscard {
-			zero |= ZeroUnmap
-		}
-		if fua {
-			zero |= ZeroFUA
-		}
-		return d.Device.WriteZeroes(ctx, off, int64(len(p)), zero)
+		return d.writeDetected(ctx, off, int64(len(p)), flags)
 	}
-	flags &^= WriteFUA
-	if fua {
-		flags |= WriteFUA
+	return d.Device.WriteAt(ctx, p, off, d.flags(flags))
+}
+
+// flags returns with which flags the device below writes.
+func (d *moded) flags(asked WriteFlags) WriteFlags {
+	if d.durable(asked&WriteFUA != 0) {
+		return asked | WriteFUA
 	}
-	return d.Device.WriteAt(ctx, p, off, flags)
+	return asked &^ WriteFUA
+}
+
+// writeDetected zeroes what a write of nothing but zeroes is for.
+func (d *moded) writeDetected(ctx context.Context, off, n int64, flags WriteFlags) error {
+	var zero ZeroFlags
+	if d.mode.DetectZeroes == DetectUnmap && !d.mode.NoDiscard {
+		zero |= ZeroUnmap
+	}
+	if d.durable(flags&WriteFUA != 0) {
+		zero |= ZeroFUA
+	}
+	return d.Device.WriteZeroes(ctx, off, n, zero)
 }
 
 func (d *moded) WriteZeroes(ctx context.Context, off, n int64, flags ZeroFlags) error {

@@ -91,3 +91,49 @@ func (d *part) TryWriteAt(p []byte, off int64) error {
 	}
 	return d.try.TryWriteAt(p, d.off+off)
 }
+
+// ReadVAt implements VectorDevice: ReadV serves whatever device is behind.
+func (d *part) ReadVAt(ctx context.Context, bufs [][]byte, off int64) error {
+	if err := CheckRange(off, LenV(bufs), d.n); err != nil {
+		return err
+	}
+	return ReadV(ctx, d.dev, bufs, d.off+off)
+}
+
+// WriteVAt implements VectorDevice.
+func (d *part) WriteVAt(ctx context.Context, bufs [][]byte, off int64, flags WriteFlags) error {
+	if err := CheckRange(off, LenV(bufs), d.n); err != nil {
+		return err
+	}
+	return WriteV(ctx, d.dev, bufs, d.off+off, flags)
+}
+
+// TryReadVAt implements TryVectorDevice.
+func (d *part) TryReadVAt(bufs [][]byte, off int64) error {
+	if err := CheckRange(off, LenV(bufs), d.n); err != nil {
+		return err
+	}
+	return TryReadV(d.dev, bufs, d.off+off)
+}
+
+// TryWriteVAt implements TryVectorDevice.
+func (d *part) TryWriteVAt(bufs [][]byte, off int64) error {
+	if err := CheckRange(off, LenV(bufs), d.n); err != nil {
+		return err
+	}
+	return TryWriteV(d.dev, bufs, d.off+off)
+}
+
+// TryOverwriteAt implements OverwriteDevice, for a device behind that is one or changes nothing but data.
+func (d *part) TryOverwriteAt(p []byte, off int64) error {
+	one := [1][]byte{p}
+	return d.TryOverwriteVAt(one[:], off)
+}
+
+// TryOverwriteVAt implements OverwriteVectorDevice.
+func (d *part) TryOverwriteVAt(bufs [][]byte, off int64) error {
+	if err := CheckRange(off, LenV(bufs), d.n); err != nil {
+		return err
+	}
+	return TryOverwriteV(d.dev, bufs, d.off+off)
+}

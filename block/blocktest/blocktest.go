@@ -48,6 +48,8 @@ func Run(t *testing.T, newDevice Make) {
 		{"Discard", testDiscard},
 		{"Extents", testExtents},
 		{"Try", testTry},
+		{"Vectors", testVectors},
+		{"TryVectors", testTryVectors},
 		{"DisjointWriters", testDisjointWriters},
 		{"OverlappingWriters", testOverlappingWriters},
 	}
@@ -73,6 +75,7 @@ func RunReadOnly(t *testing.T, dev block.Device, want []byte) {
 		"WriteAt":     dev.WriteAt(ctx, make([]byte, sector), 0, 0),
 		"WriteZeroes": dev.WriteZeroes(ctx, 0, sector, 0),
 		"Discard":     dev.Discard(ctx, 0, sector),
+		"WriteV":      block.WriteV(ctx, dev, [][]byte{make([]byte, sector), make([]byte, sector)}, 0, 0),
 	} {
 		if !errors.Is(err, block.ErrReadOnly) {
 			t.Errorf("%s: %v, want ErrReadOnly", name, err)
@@ -580,6 +583,11 @@ func testClose(t *testing.T, dev block.Device) {
 			t.Errorf("%s after Close: %v, want ErrClosed", name, err)
 		}
 	}
+	read, writeV := vectorCalls(dev)
+	two := [][]byte{make([]byte, sector), make([]byte, sector)}
+	if r, w := read(two, 0), writeV(two, 0, 0); !errors.Is(r, block.ErrClosed) || !errors.Is(w, block.ErrClosed) {
+		t.Errorf("pieces after Close: %v, %v, want ErrClosed", r, w)
+	}
 	if err := dev.Flush(t.Context()); !errors.Is(err, block.ErrClosed) {
 		t.Errorf("Flush after Close: %v, want ErrClosed", err)
 	}
@@ -596,6 +604,8 @@ func testModel(t *testing.T, newDevice Make) {
 		m.want = make([]byte, m.span)
 		rt.Repeat(map[string]func(*rapid.T){
 			"write":   m.write,
+			"writeV":  m.writeV,
+			"readV":   m.readV,
 			"zero":    m.zero,
 			"discard": m.discard,
 			"read":    m.read,

@@ -280,6 +280,22 @@ func (d *throttled) WriteCompressed(ctx context.Context, p []byte, off int64) er
 	return w.WriteCompressed(ctx, p, off)
 }
 
+// ReadVAt implements block.VectorDevice: pieces are one request.
+func (d *throttled) ReadVAt(ctx context.Context, bufs [][]byte, off int64) error {
+	if err := d.g.pass(ctx, reading, block.LenV(bufs)); err != nil {
+		return err
+	}
+	return block.ReadV(ctx, d.Device, bufs, off)
+}
+
+// WriteVAt implements block.VectorDevice.
+func (d *throttled) WriteVAt(ctx context.Context, bufs [][]byte, off int64, flags block.WriteFlags) error {
+	if err := d.g.pass(ctx, writing, block.LenV(bufs)); err != nil {
+		return err
+	}
+	return block.WriteV(ctx, d.Device, bufs, off, flags)
+}
+
 // throttledFile is a file whose requests wait for their group.
 type throttledFile struct {
 	storage.File
