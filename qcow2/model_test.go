@@ -169,8 +169,13 @@ func (h *harness) step() {
 		for i := range p {
 			p[i] = seed + byte(i>>9)*7 + byte(i)
 		}
-		if h.im.TryWriteAt(p, off) != nil {
-			h.must("write", h.im.WriteAt(ctx, p, off, block.WriteFlags(h.r.IntN(20)/19)))
+		flags := block.WriteFlags(h.r.IntN(20) / 19)
+		if h.r.IntN(2) == 0 {
+			if bufs := h.cut(p); h.im.TryWriteVAt(bufs, off) != nil {
+				h.must("write in pieces", h.im.WriteVAt(ctx, bufs, off, flags))
+			}
+		} else if h.im.TryWriteAt(p, off) != nil {
+			h.must("write", h.im.WriteAt(ctx, p, off, flags))
 		}
 		copy(m, p)
 	case op < 50:
@@ -192,8 +197,12 @@ func (h *harness) step() {
 		}
 		copy(m, got)
 	case op < 85:
-		got := make([]byte, n)
-		if (op%2 == 0 || h.im.TryReadDataAt(got, off) != nil) && h.im.TryReadAt(got, off) != nil {
+		got := bytes.Repeat([]byte{0x99}, int(n))
+		if h.r.IntN(2) == 0 {
+			if bufs := h.cut(got); h.im.TryReadVAt(bufs, off) != nil {
+				h.must("read in pieces", h.im.ReadVAt(ctx, bufs, off))
+			}
+		} else if (op%2 == 0 || h.im.TryReadDataAt(got, off) != nil) && h.im.TryReadAt(got, off) != nil {
 			h.must("read", h.im.ReadAt(ctx, got, off))
 		}
 		if !bytes.Equal(got, m) {
@@ -208,6 +217,14 @@ func (h *harness) step() {
 	default:
 		h.reopen()
 	}
+}
+
+// cut cuts p into pieces, of whole sectors most times.
+func (h *harness) cut(p []byte) [][]byte {
+	if h.r.IntN(4) == 0 {
+		return blocktest.Cut(h.r, p, 1+h.r.IntN(len(p)+1), false)
+	}
+	return blocktest.Cut(h.r, p, 1+h.r.IntN(64), true)
 }
 
 func (h *harness) reopen() {

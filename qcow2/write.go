@@ -190,7 +190,15 @@ type allocation struct {
 // allocate writes the first part of p into clusters that cannot be overwritten in place: unallocated, zero, compressed or
 // shared ones. It returns how much it wrote, which is nothing when another request has allocated meanwhile.
 func (im *Image) allocate(ctx context.Context, p []byte, off int64) (int, error) {
-	first, last := im.cluster(off), im.cluster(off+int64(len(p))-1)
+	c := block.NewCursor([][]byte{p})
+	defer c.Close()
+	n, err := im.allocateV(ctx, &c, off)
+	return int(n), err
+}
+
+// allocateV is allocate for what follows a cursor, which stays where it is.
+func (im *Image) allocateV(ctx context.Context, c *block.Cursor, off int64) (int64, error) {
+	first, last := im.cluster(off), im.cluster(off+c.Left()-1)
 	last = min(last, first+meta.GuestCluster(max(maxAllocation>>im.lay.ClusterBits, 1)-1))
 	held, err := im.meta.Ranges.Lock(ctx, uint64(first), uint64(last))
 	if err != nil {
@@ -208,9 +216,9 @@ func (im *Image) allocate(ctx context.Context, p []byte, off int64) (int, error)
 	if more, err := a.plan(min(int64(last-first)+1, edit.N), in); err != nil || !more {
 		return 0, err
 	}
-	n := int(min(int64(len(p)), a.n<<im.lay.ClusterBits-in))
-	a.bound(in, in+int64(n))
-	if err := a.store(ctx, p[:n], off, in); err != nil {
+	n := min(c.Left(), a.n<<im.lay.ClusterBits-in)
+	a.bound(in, in+n)
+	if err := a.store(ctx, c.Peek(n), n, off, in); err != nil {
 		return 0, a.undo(err)
 	}
 	a.link()
@@ -220,10 +228,15 @@ func (im *Image) allocate(ctx context.Context, p []byte, off int64) (int, error)
 // tryAllocate is allocate for a write within one cluster that holds nothing, neither here nor below. It returns
 // block.ErrWouldBlock, and has changed nothing, where that would take waiting or reading.
 func (im *Image) tryAllocate(p []byte, off int64) error {
+	return im.tryAllocateV([][]byte{p}, int64(len(p)), off)
+}
+
+// tryAllocateV is tryAllocate for n bytes in several buffers.
+func (im *Image) tryAllocateV(bufs [][]byte, n, off int64) error {
 	c := im.cluster(off)
 	in := im.lay.GuestInCluster(format.GuestOff(off))
 	whole := im.lay.ClusterSize() - in
-	if int64(len(p)) > whole || im.lay.ExtendedL2 || im.lay.DataFile || im.meta.Crowded() {
+	if n > whole || im.lay.ExtendedL2 || im.lay.DataFile || im.meta.Crowded() {
 		return block.ErrWouldBlock
 	}
 	if im.backing != nil && off-in < im.backing.Size() {
@@ -247,9 +260,9 @@ func (im *Image) tryAllocate(p []byte, off int64) error {
 		return block.ErrWouldBlock
 	}
 	a := allocation{im: im, edit: edit, first: c, n: 1, host: im.lay.Offset(host), fresh: true, virgin: virgin && im.crypt == nil}
-	im.mark(span{off, int64(len(p))})
-	a.bound(in, in+int64(len(p)))
-	if err := a.store(context.Background(), p, off, in); err != nil {
+	im.mark(span{off, n})
+	a.bound(in, in+n)
+	if err := a.store(context.Background(), bufs, n, off, in); err != nil {
 		return a.undo(err)
 	}
 	a.link()
@@ -369,13 +382,13 @@ func (a *allocation) leavesData(e meta.Entry) bool {
 	return a.fresh && (kind == format.KindNormal || kind == format.KindCompressed)
 }
 
-// store writes p with what the guest reads around it between from and to, in one vectored write. Nothing points to what it
-// overwrites, so a failure harms nobody.
-func (a *allocation) store(ctx context.Context, p []byte, off, in int64) error {
+// store writes n bytes with what the guest reads around them between from and to, in one vectored write. Nothing points to what
+// it overwrites, so a failure harms nobody.
+func (a *allocation) store(ctx context.Context, bufs [][]byte, n, off, in int64) error {
 	im := a.im
-	end := in + int64(len(p))
+	end := in + n
 	if a.from == in && a.to == end {
-		return im.writeHost(p, off, int64(a.host)+in)
+		return im.writeHostV(bufs, off, int64(a.host)+in)
 	}
 	buf := im.cow.Get().(*[]byte)
 	defer im.cow.Put(buf)
@@ -385,15 +398,15 @@ func (a *allocation) store(ctx context.Context, p []byte, off, in int64) error {
 	if err != nil {
 		return err
 	}
-	needTail, err := a.copyOld(ctx, tail, off+int64(len(p)))
+	needTail, err := a.copyOld(ctx, tail, off+n)
 	if err != nil {
 		return err
 	}
-	vec, at := make([][]byte, 0, 3), in
+	vec, at := make([][]byte, 0, len(bufs)+2), in
 	if needHead {
 		vec, at = append(vec, head), a.from
 	}
-	vec = append(vec, p)
+	vec = append(vec, bufs...)
 	if needTail {
 		vec = append(vec, tail)
 	}

@@ -85,11 +85,7 @@ func (op Op) Run(im *qcow2.Image) error {
 	off, n := op.First*SectorSize, op.N*SectorSize
 	switch op.Kind {
 	case Write:
-		p := op.Bytes()
-		if im.TryWriteAt(p, off) == nil {
-			return nil
-		}
-		return im.WriteAt(ctx, p, off, 0)
+		return op.write(ctx, im)
 	case Compressed:
 		return im.WriteCompressed(ctx, op.Bytes(), off)
 	case Copied:
@@ -106,6 +102,26 @@ func (op Op) Run(im *qcow2.Image) error {
 		return op.runSnapshot(im)
 	}
 	return im.ReadAt(ctx, make([]byte, n), off)
+}
+
+// write writes the request's bytes: in one piece, or in pieces of a sector, two, three and so on.
+func (op Op) write(ctx context.Context, im *qcow2.Image) error {
+	p, off := op.Bytes(), op.First*SectorSize
+	if op.Version%2 == 0 || op.N == 1 {
+		if im.TryWriteAt(p, off) == nil {
+			return nil
+		}
+		return im.WriteAt(ctx, p, off, 0)
+	}
+	var bufs [][]byte
+	for k := 1; len(p) > 0; k++ {
+		n := min(k*SectorSize, len(p))
+		bufs, p = append(bufs, p[:n]), p[n:]
+	}
+	if im.TryWriteVAt(bufs, off) == nil {
+		return nil
+	}
+	return im.WriteVAt(ctx, bufs, off, 0)
 }
 
 // copyIn has the host copy the request's bytes. What it cannot, because there are clusters that are overwritten in place, is

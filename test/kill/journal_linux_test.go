@@ -129,6 +129,8 @@ func (b *book) request(dev block.Device, rng *rand.Rand, w int) error {
 	case zero:
 		err = dev.WriteZeroes(ctx, off, length, block.ZeroUnmap*block.ZeroFlags(rng.IntN(2)))
 	case rng.IntN(2) == 0 && dev.(block.TryDevice).TryWriteAt(p, off) == nil:
+	case rng.IntN(2) == 0:
+		err = block.WriteV(ctx, dev, [][]byte{p[:storage.SectorSize], p[storage.SectorSize:]}, off, 0)
 	default:
 		err = dev.WriteAt(ctx, p, off, 0)
 	}

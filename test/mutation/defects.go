@@ -375,7 +375,7 @@ var Defects = []Defect{
 	{"moved-under-a-neighbour", "a cluster is moved while another of its subclusters is overwritten in place", writer,
 		"	if !reuse && im.hasNeighbours(e) {\n		return false, errZeroedLately\n	}\n", ""},
 	{"bitmap-not-marked-new", "a write that allocates at once is not recorded in dirty bitmaps", writer,
-		"	im.mark(span{off, int64(len(p))})\n	a.bound(", "	a.bound("},
+		"	im.mark(span{off, n})\n	a.bound(", "	a.bound("},
 	{"bitmap-not-armed-in-place", "a write in place does not wait until the disk says that bitmaps are in use", writer,
 		"	if !im.bm.ready() || im.outstanding() {", "	if im.outstanding() {"},
 	{"bitmap-armed-too-late", "a disk changes before it is durable that its bitmaps are in use", bitmaps,

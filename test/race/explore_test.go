@@ -17,6 +17,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/block/blocktest"
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 	"github.com/droverproject/drover/test/peer"
@@ -134,9 +135,17 @@ func (c *client) step() error {
 	switch k := c.r.IntN(100); {
 	case k < 30:
 		q.name, q.act = "read", actRead
+		if c.r.IntN(3) == 0 {
+			q.name = "read in pieces"
+			return c.read(q, func(p []byte) error { return c.im.ReadVAt(ctx, c.cut(p), off) })
+		}
 		return c.read(q, func(p []byte) error { return c.im.ReadAt(ctx, p, off) })
 	case k < 35:
 		q.name, q.act = "try read", actRead
+		if c.r.IntN(3) == 0 {
+			q.name = "try read in pieces"
+			return c.read(q, func(p []byte) error { return c.im.TryReadVAt(c.cut(p), off) })
+		}
 		return c.read(q, func(p []byte) error { return c.im.TryReadAt(p, off) })
 	case k < 38:
 		q.name, q.act = "try read data", actRead
@@ -151,9 +160,17 @@ func (c *client) step() error {
 		if c.r.IntN(15) == 0 {
 			q.name, flags = "write, FUA", block.WriteFUA
 		}
+		if c.r.IntN(3) == 0 {
+			q.name += ", in pieces"
+			return c.write(q, func(p []byte) error { return c.im.WriteVAt(ctx, c.cut(p), off, flags) })
+		}
 		return c.write(q, func(p []byte) error { return c.im.WriteAt(ctx, p, off, flags) })
 	case k < 68:
 		q.name = "try write"
+		if c.r.IntN(3) == 0 {
+			q.name = "try write in pieces"
+			return c.write(q, func(p []byte) error { return c.im.TryWriteVAt(c.cut(p), off) })
+		}
 		return c.write(q, func(p []byte) error { return c.im.TryWriteAt(p, off) })
 	case k < 81:
 		flags := block.ZeroFlags(c.r.IntN(4)) // ZeroUnmap, ZeroFast
@@ -172,6 +189,14 @@ func (c *client) step() error {
 		return c.note(request{name: "check", act: actUnknown}, func(*request) error { return c.check(ctx) })
 	}
 	return c.note(request{name: "change", act: actUnknown}, func(*request) error { return c.change() }, qcow2.ErrInvalidOption)
+}
+
+// cut cuts p into pieces, of whole sectors most times.
+func (c *client) cut(p []byte) [][]byte {
+	if c.r.IntN(4) == 0 {
+		return blocktest.Cut(c.r, p, 1+c.r.IntN(2000), false)
+	}
+	return blocktest.Cut(c.r, p, 1+c.r.IntN(8), true)
 }
 
 // change changes the image under everybody's feet: the disk behind the part that requests go to, the refcounts, the version.
