@@ -1,5 +1,7 @@
 package scsi
 
+import "github.com/droverproject/drover/block"
+
 // Buffer is the memory that a command's data moves in, in pieces.
 type Buffer [][]byte
 
@@ -37,27 +39,15 @@ func (b Buffer) take(n int) []byte {
 	return out
 }
 
-// each calls fn for the pieces of the n bytes from off on, with their distance from off. The buffer holds that many.
-func (b Buffer) each(off, n int64, fn func(p []byte, at int64) error) error {
-	done := int64(0)
-	for _, piece := range b {
-		if off >= int64(len(piece)) {
-			off -= int64(len(piece))
-			continue
-		}
-		p := piece[off:]
-		off = 0
-		if int64(len(p)) > n-done {
-			p = p[:n-done]
-		}
-		if err := fn(p, done); err != nil {
-			return err
-		}
-		if done += int64(len(p)); done == n {
-			return nil
-		}
+// part calls fn with the pieces of the n bytes from off on, or of those that the buffer has.
+func (b Buffer) part(off, n int64, fn func(bufs [][]byte) error) error {
+	if off == 0 && n == int64(b.Len()) {
+		return fn(b)
 	}
-	return nil
+	c := block.NewCursor(b)
+	defer c.Close()
+	c.Skip(min(off, c.Left()))
+	return fn(c.Next(min(n, c.Left())))
 }
 
 // Clear zeroes the buffer from a place on.

@@ -44,14 +44,9 @@ func (u *Unit) read(c *call) error {
 			return u.writeFailed(err, off)
 		}
 	}
-	err = c.data.each(0, n, func(p []byte, at int64) error {
-		if err := u.dev.ReadAt(c.ctx, p, off+at); err != nil {
-			return u.readFailed(err, off+at)
-		}
-		return nil
-	})
+	err = c.data.part(0, n, func(bufs [][]byte) error { return block.ReadV(c.ctx, u.dev, bufs, off) })
 	if err != nil {
-		return err
+		return u.readFailed(err, off)
 	}
 	c.in = int(n)
 	return nil
@@ -78,19 +73,16 @@ func (u *Unit) write(c *call) error {
 	return u.store(c, off, n, 0, len(c.cdb) > 6 && c.cdb[1]&bitFUA != 0)
 }
 
-// store writes n bytes of the buffer, from skip on, to the device. The last piece is written durably if all must be: that
-// makes those before it durable too, as a flush would.
+// store writes n bytes of the buffer, from skip on, to the device.
 func (u *Unit) store(c *call, off, n, skip int64, fua bool) error {
-	return c.data.each(skip, n, func(p []byte, at int64) error {
-		var flags block.WriteFlags
-		if at+int64(len(p)) == n {
-			flags = u.writeFlags(fua)
-		}
-		if err := u.dev.WriteAt(c.ctx, p, off+at, flags); err != nil {
-			return u.writeFailed(err, off+at)
-		}
+	if n == 0 {
 		return nil
-	})
+	}
+	err := c.data.part(skip, n, func(bufs [][]byte) error { return block.WriteV(c.ctx, u.dev, bufs, off, u.writeFlags(fua)) })
+	if err != nil {
+		return u.writeFailed(err, off)
+	}
+	return nil
 }
 
 // writeAndVerify writes and reads back. BYTCHK 0 asks that the medium can be read, 1 that it holds what was sent.

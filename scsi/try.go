@@ -17,8 +17,7 @@ func DataIn(cdb []byte) bool {
 // TryExecute runs a plain read or write if it can be done at once, from memory. Otherwise it reports false, and Execute
 // has to be called, which begins anew.
 func (u *Unit) TryExecute(cdb []byte, data Buffer) (Reply, bool) {
-	dev, ok := u.dev.(block.TryDevice)
-	if !ok || len(cdb) < 6 || !u.plain(cdb) {
+	if len(cdb) < 6 || !u.plain(cdb) {
 		return Reply{}, false
 	}
 	cmd, err := u.commands.find(cdb)
@@ -28,7 +27,11 @@ func (u *Unit) TryExecute(cdb []byte, data Buffer) (Reply, bool) {
 	c := &call{cdb: cdb, data: data}
 	if cmd.flags&writes == 0 {
 		off, n, err := u.transfer(c)
-		if err != nil || data.each(0, n, func(p []byte, at int64) error { return dev.TryReadAt(p, off+at) }) != nil {
+		if err != nil {
+			return Reply{}, false
+		}
+		err = data.part(0, n, func(bufs [][]byte) error { return block.TryReadV(u.dev, bufs, off) })
+		if err != nil {
 			return Reply{}, false
 		}
 		u.counts.done(cdb, data, int(n))
@@ -46,11 +49,11 @@ func (u *Unit) TryExecute(cdb []byte, data Buffer) (Reply, bool) {
 	if u.unavailable() != nil { // since it was looked at first: see change
 		return Reply{}, false
 	}
-	write := dev.TryWriteAt
-	if in, ok := dev.(block.OverwriteDevice); ok && u.o.Keep {
-		write = in.TryOverwriteAt // what changes the mapping has to be made durable
+	write := block.TryWriteV
+	if u.o.Keep {
+		write = block.TryOverwriteV // what changes the mapping has to be made durable
 	}
-	if data.each(0, n, func(p []byte, at int64) error { return write(p, off+at) }) != nil {
+	if data.part(0, n, func(bufs [][]byte) error { return write(u.dev, bufs, off) }) != nil {
 		return Reply{}, false
 	}
 	u.counts.done(cdb, data, 0)
