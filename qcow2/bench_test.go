@@ -40,6 +40,7 @@ func benchImage(b *testing.B, size, written int64) *qcow2.Image {
 
 func BenchmarkTryRead4K(b *testing.B) {
 	im := benchImage(b, 256<<20, 256<<20)
+	b.ResetTimer() // which b.Loop does by itself
 	b.RunParallel(func(pb *testing.PB) {
 		p := make([]byte, 4096)
 		r := rand.New(rand.NewPCG(1, rand.Uint64()))

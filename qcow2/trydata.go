@@ -5,13 +5,13 @@ import (
 	"github.com/droverproject/drover/qcow2/internal/format"
 )
 
-// maxTryDecrypt is how much of an encrypted disk is read in place: decrypting takes longer than copying, and several
+// maxTryCrypt is how much of an encrypted disk is read or written at once: encryption takes longer than copying, and several
 // processors can share it.
-const maxTryDecrypt = 64 << 10
+const maxTryCrypt = 64 << 10
 
 // TryReadDataAt is TryReadAt of a range whose clusters all hold data, here or below; otherwise block.ErrWouldBlock.
 func (im *Image) TryReadDataAt(p []byte, off int64) error {
-	if im.crypt != nil && len(p) > maxTryDecrypt {
+	if im.crypt != nil && len(p) > maxTryCrypt {
 		return block.ErrWouldBlock
 	}
 	t, ok := im.tryEnter()

@@ -119,7 +119,7 @@ func (im *Image) tryWrite(p []byte, off int64, mayAllocate bool) error {
 	if err := im.checkWrite(off, int64(len(p))); err != nil {
 		return err
 	}
-	if !im.meta.GuardReady() || im.crypt != nil && !wholeSectors(off, len(p)) {
+	if !im.meta.GuardReady() || im.crypt != nil && (!wholeSectors(off, len(p)) || len(p) > maxTryCrypt) {
 		return block.ErrWouldBlock
 	}
 	run, in, err := im.lookup(off, int64(len(p)), false)
