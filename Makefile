@@ -23,11 +23,11 @@ UNIT      = $$(go list ./... | grep -vE '/test/(interop|qemunbd|scripts|hostile|
 # The packages with model tests drawn by rapid, which alone know its flags.
 MODELS    = ./block ./qcow2/internal/bitmap ./qcow2/internal/format ./test/model
 
-.PHONY: help build install install-links test test-long demo bench bench-commands fuzz-long peers format vet staticcheck cross unit race race-long fuzz model \
+.PHONY: help build install install-links test test-long demo bench bench-record bench-starts bench-syscalls bench-plots bench-all bench-commands fuzz-long peers format vet staticcheck cross unit race race-long fuzz model \
 	test-vm vm-short bench-vm interop hostile weakness coverage coverage-table crash crash-long fault fio kill soak soak-short mutation mutation-ci clean
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 build: ## bin/drover, one static binary
 	CGO_ENABLED=0 go build -trimpath -o bin/drover ./cmd/drover
@@ -77,9 +77,30 @@ test-long: peers build unit ## the slow rungs: kill 50 rounds, fio 5 minutes, a 
 demo: peers build ## one file system through drover, judged by stock tools
 	go run ./test/demo -drover bin/drover
 
-bench: peers build ## drover and its peers under the same load; writes out/bench.md and out/bench.json
-	mkdir -p out
-	go run ./test/bench -drover bin/drover -markdown out/bench.md -json out/bench.json $(BENCH_FLAGS)
+# For `go run ./test/bench`: what is measured, and the name of the files under out/ that say what came of it.
+BENCH = mkdir -p out && go run ./test/bench -drover bin/drover -markdown out/$(1).md -json out/$(1).json
+
+bench: peers build ## drover and its peers under the same load; writes out/bench.md and .json, fails below test/bench/floors.json
+	$(call BENCH,bench) $(BENCH_FLAGS)
+
+bench-record: peers build ## the same, and notes the ratios reached in test/bench/floors.json
+	$(call BENCH,bench) -record-floors $(BENCH_FLAGS)
+
+bench-starts: peers build ## from exec to the first byte, and memory when idle; writes out/starts.md and .json
+	$(call BENCH,starts) -starts $(BENCH_FLAGS)
+
+bench-syscalls: build ## system calls of an operation, syncs of a flush; writes out/syscalls.md and .json
+	PEERS=bench test/peers.sh
+	$(call BENCH,syscalls) -syscalls $(BENCH_FLAGS)
+
+# Where the pictures go.
+PLOTS ?= docs/plots
+
+bench-plots: peers build ## how cost grows; draws pictures into docs/plots, writes out/plots.md and .json
+	$(call BENCH,plots) -plots $(PLOTS) $(BENCH_FLAGS)
+
+# The comparison with the floors comes last: where it fails, everything has been measured.
+bench-all: bench-starts bench-syscalls bench-plots bench ## all of these, for about an hour
 
 bench-commands: peers build ## drover and qemu-img run the same commands on the same images; writes out/commands.md
 	mkdir -p out

@@ -18,6 +18,10 @@ if [ "${PEERS:-}" = vm ]; then
     sg_inq:sg3-utils iscsi-test-cu:libiscsi-bin dbus-daemon:dbus-daemon dbus-send:dbus-bin
   )
 fi
+# What make bench-syscalls counts with.
+if [ "${PEERS:-}" = bench ]; then
+  needed+=(strace:strace)
+fi
 PATH=$PATH:/usr/sbin:/sbin
 
 missing_packages() {

@@ -9,9 +9,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/droverproject/drover/nbd/client"
 )
 
 // contender is one NBD server. All serve buffered (through the page cache), writeback, to many clients. One without args is
@@ -19,33 +22,75 @@ import (
 type contender struct {
 	name   string
 	format string // of its image
-	args   func(image, socket string) []string
+	args   func(serving) []string
 }
+
+// serving is what a server is to serve, and where.
+type serving struct {
+	image, socket string
+	secret        string // the file with the key of an encrypted image, or empty
+}
+
+// description is the image as options, in the words that drover and QEMU share.
+func (s serving) description() string {
+	d := "driver=qcow2,discard=unmap,file.driver=file,file.filename=" + s.image
+	if s.secret != "" {
+		d += ",encrypt.format=luks,encrypt.key-secret=" + secretID
+	}
+	return d
+}
+
+// object makes the key known.
+func (s serving) object() string { return "secret,id=" + secretID + ",file=" + s.secret }
+
+const secretID = "key"
 
 func (c contender) image(dir string) string { return filepath.Join(dir, c.name+"."+c.format) }
 
+// installed reports whether the contender's program is on this machine.
+func (c contender) installed() bool {
+	program := "fio"
+	if c.args != nil {
+		program = c.args(serving{})[0]
+	}
+	_, err := exec.LookPath(program)
+	return err == nil
+}
+
 func allContenders(drover string) []contender {
-	qemu := func(aio string) func(image, socket string) []string {
-		return func(image, socket string) []string {
-			return []string{"qemu-nbd", "-f", "qcow2", "--cache=writeback", "--aio=" + aio, "-e", "8", "-t", "-k", socket, image}
-		}
-	}
 	return []contender{
-		{"drover", "qcow2", func(image, socket string) []string {
-			return []string{drover, "serve", "--socket", socket, "--format", "qcow2", image}
-		}},
-		{"qemu-nbd-uring", "qcow2", qemu("io_uring")},
-		{"qemu-nbd-threads", "qcow2", qemu("threads")},
-		{"qemu-storage-daemon", "qcow2", func(image, socket string) []string {
-			return []string{"qemu-storage-daemon", "--nbd-server", "addr.type=unix,addr.path=" + socket + ",max-connections=0",
-				"--blockdev", "driver=qcow2,node-name=n,discard=unmap,file.driver=file,file.aio=io_uring,file.filename=" + image,
-				"--export", "type=nbd,id=e,node-name=n,name=,writable=on"}
-		}},
+		{"drover", "qcow2", func(s serving) []string { return droverArgs(drover, s) }},
+		{"qemu-nbd-uring", "qcow2", func(s serving) []string { return qemuNBDArgs("io_uring", s) }},
+		{"qemu-nbd-threads", "qcow2", func(s serving) []string { return qemuNBDArgs("threads", s) }},
+		{"qemu-storage-daemon", "qcow2", storageDaemonArgs},
 		{"file", "raw", nil},
-		{"nbdkit-raw", "raw", func(image, socket string) []string {
-			return []string{"nbdkit", "-f", "-U", socket, "file", image}
-		}},
+		{"nbdkit-raw", "raw", func(s serving) []string { return []string{"nbdkit", "-f", "-U", s.socket, "file", s.image} }},
 	}
+}
+
+func droverArgs(drover string, s serving) []string {
+	args := []string{drover, "serve", "--socket", s.socket}
+	if s.secret == "" {
+		return append(args, "--format", "qcow2", s.image)
+	}
+	return append(args, "--object", s.object(), "--image-opts", s.description())
+}
+
+func qemuNBDArgs(aio string, s serving) []string {
+	args := []string{"qemu-nbd", "--cache=writeback", "--aio=" + aio, "-e", "8", "-t", "-k", s.socket}
+	if s.secret == "" {
+		return append(args, "-f", "qcow2", s.image)
+	}
+	return append(args, "--object", s.object(), "--image-opts", s.description()+",file.aio="+aio)
+}
+
+func storageDaemonArgs(s serving) []string {
+	args := []string{"qemu-storage-daemon"}
+	if s.secret != "" {
+		args = append(args, "--object", s.object())
+	}
+	return append(args, "--nbd-server", "addr.type=unix,addr.path="+s.socket+",max-connections=0",
+		"--blockdev", s.description()+",node-name=n,file.aio=io_uring", "--export", "type=nbd,id=e,node-name=n,name=,writable=on")
 }
 
 func knownNames() string {
@@ -56,20 +101,23 @@ func knownNames() string {
 	return strings.Join(names, ", ")
 }
 
-func selectContenders(list, drover string) ([]contender, error) {
-	var selected []contender
-	for _, name := range strings.Split(list, ",") {
-		found := false
-		for _, c := range allContenders(drover) {
-			if c.name == name {
-				selected, found = append(selected, c), true
-			}
-		}
-		if !found {
-			return nil, fmt.Errorf("no contender is called %q (known: %s)", name, knownNames())
+// selectContenders returns those that list names. Where anyMissing is set, those that are not installed are left out, and the
+// names of these returned; the first and the last must be there, since all is compared with them.
+func selectContenders(list, drover string, anyMissing bool) (selected []contender, missing []string, err error) {
+	names := strings.Split(list, ",")
+	known := allContenders(drover)
+	for i, name := range names {
+		k := slices.IndexFunc(known, func(c contender) bool { return c.name == name })
+		switch {
+		case k < 0:
+			return nil, nil, fmt.Errorf("no contender is called %q (known: %s)", name, knownNames())
+		case anyMissing && i > 0 && i < len(names)-1 && !known[k].installed():
+			missing = append(missing, name)
+		default:
+			selected = append(selected, known[k])
 		}
 	}
-	return selected, nil
+	return selected, missing, nil
 }
 
 // server is a running contender.
@@ -85,9 +133,10 @@ const (
 	stopLimit  = 30 * time.Second
 )
 
-func start(ctx context.Context, cfg config, c contender) (*server, error) {
-	socket := filepath.Join(cfg.dir, "socket")
-	return launch(ctx, socket, c.args(c.image(cfg.dir), socket))
+// start starts a contender on its image.
+func start(ctx context.Context, cfg config, c contender, d disk) (*server, error) {
+	s := d.serving(cfg, c)
+	return launch(ctx, s.socket, c.args(s))
 }
 
 // launch starts a server and waits until it takes connections at its socket.
@@ -123,6 +172,25 @@ func launch(ctx context.Context, socket string, args []string) (*server, error) 
 	}
 }
 
+// awaitExport waits until the server serves what it has under the empty name.
+func (s *server) awaitExport(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, startLimit)
+	defer cancel()
+	retry := time.NewTicker(5 * time.Millisecond)
+	defer retry.Stop()
+	for {
+		cl, err := client.Open(ctx, client.Options{Dialing: client.Dialing{Address: client.Address{Path: s.socket}}, ReadOnly: true})
+		if err == nil {
+			return cl.Close()
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("no export: %w", err)
+		case <-retry.C:
+		}
+	}
+}
+
 // stop ends the server with SIGTERM. How it exits is not judged here: qemu-nbd and nbdkit have their own ways.
 func (s *server) stop() error {
 	if err := s.cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -139,28 +207,7 @@ func (s *server) stop() error {
 }
 
 // cpuTime returns the processor time that the server has used, all its threads together.
-func (s *server) cpuTime() (time.Duration, error) {
-	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
-	}
-	// The second field is the command's name in parentheses and may hold anything; count from the last one.
-	end := bytes.LastIndexByte(data, ')')
-	if end < 0 {
-		return 0, fmt.Errorf("unexpected content of /proc/PID/stat: %q", data)
-	}
-	fields := strings.Fields(string(data[end+1:]))
-	const utime, stime = 11, 12 // fields 14 and 15 of the line
-	if len(fields) <= stime {
-		return 0, fmt.Errorf("unexpected content of /proc/PID/stat: %q", data)
-	}
-	var user, system int64
-	if _, err := fmt.Sscan(fields[utime]+" "+fields[stime], &user, &system); err != nil {
-		return 0, fmt.Errorf("parsing /proc/PID/stat: %w", err)
-	}
-	const tick = 10 * time.Millisecond // USER_HZ is 100 on every platform that fio and these servers run on
-	return time.Duration(user+system) * tick, nil
-}
+func (s *server) cpuTime() (time.Duration, error) { return processTime(s.cmd.Process.Pid) }
 
 // peakMemory returns the highest resident memory of the server so far, in MiB.
 func (s *server) peakMemory() (float64, error) { return s.memory("VmHWM") }

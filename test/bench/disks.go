@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
@@ -25,9 +26,19 @@ const (
 	diskScattered
 	// diskZlib is wholly compressed: text that shrinks to a third or so.
 	diskZlib
+	// diskEmpty has no data at all.
+	diskEmpty
+	// diskSmall and diskHuge have data in their first writtenPart, and differ in size.
+	diskSmall
+	diskHuge
+	// diskLUKS is diskFull, encrypted.
+	diskLUKS
 )
 
 const (
+	smallSize     = 1 << 30
+	hugeSize      = 2 << 50
+	writtenPart   = 64 << 20
 	freshSize     = 64 << 30
 	scatteredSize = 1 << 40
 	scatterStep   = 5 << 20 // 209,715 clusters
@@ -40,12 +51,31 @@ func (d disk) size(cfg config) int64 {
 		return freshSize
 	case diskScattered:
 		return scatteredSize
+	case diskSmall:
+		return smallSize
+	case diskHuge:
+		return hugeSize
 	}
 	return int64(cfg.sizeMiB) << 20
 }
 
 // suits reports whether the contender can serve such a disk.
-func (d disk) suits(c contender) bool { return d != diskZlib || c.format == "qcow2" }
+func (d disk) suits(c contender) bool {
+	switch d {
+	case diskZlib, diskLUKS, diskSmall, diskHuge: // of the last two, the second is more than most file systems take of a raw file
+		return c.format == "qcow2"
+	}
+	return true
+}
+
+// serving is what the contender has to know to serve the disk.
+func (d disk) serving(cfg config, c contender) serving {
+	s := serving{image: c.image(cfg.dir), socket: filepath.Join(cfg.dir, "socket")}
+	if d == diskLUKS {
+		s.secret = filepath.Join(cfg.dir, "secret")
+	}
+	return s
+}
 
 // prepare makes the contender's image for the rounds to come.
 func (d disk) prepare(ctx context.Context, cfg config, c contender) error {
@@ -57,29 +87,37 @@ func (d disk) prepare(ctx context.Context, cfg config, c contender) error {
 		return prepareScattered(ctx, image, c.format)
 	case diskZlib:
 		return prepareZlib(ctx, cfg, image)
+	case diskEmpty:
+		return createEmpty(ctx, image, c.format, d.size(cfg))
+	case diskSmall, diskHuge:
+		return preparePart(ctx, image, d.size(cfg))
+	case diskLUKS:
+		return prepareLUKS(ctx, cfg, d.serving(cfg, c))
 	}
 	return nil
 }
 
-// beforeRun brings the image to where each run begins.
-func (d disk) beforeRun(ctx context.Context, cfg config, c contender) error {
-	image := c.image(cfg.dir)
-	if d != diskFresh {
-		return warm(image)
-	}
+// createEmpty makes an image without data.
+func createEmpty(ctx context.Context, image, format string, size int64) error {
 	if err := os.Remove(image); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	return command(ctx, "qemu-img", "create", "-q", "-f", c.format, image, fmt.Sprint(int64(freshSize)))
+	return command(ctx, "qemu-img", "create", "-q", "-f", format, image, fmt.Sprint(size))
+}
+
+// beforeRun brings the image to where each run begins.
+func (d disk) beforeRun(ctx context.Context, cfg config, c contender) error {
+	if d == diskFresh {
+		return createEmpty(ctx, c.image(cfg.dir), c.format, freshSize)
+	}
+	return warm(c.image(cfg.dir))
 }
 
 func prepareFull(ctx context.Context, cfg config, c contender) error {
 	image := c.image(cfg.dir)
-	pattern := filepath.Join(cfg.dir, "pattern.raw")
-	if st, err := os.Stat(pattern); err != nil || st.Size() != int64(cfg.sizeMiB)<<20 {
-		if err := writePattern(pattern, int64(cfg.sizeMiB)<<20); err != nil {
-			return fmt.Errorf("making the disk's content: %w", err)
-		}
+	pattern, err := patternFile(cfg)
+	if err != nil {
+		return err
 	}
 	if c.format == "raw" {
 		return rewrite4K(pattern, image)
@@ -92,13 +130,74 @@ func prepareFull(ctx context.Context, cfg config, c contender) error {
 	return rewrite4K(made, image)
 }
 
+// patternFile is a raw disk's content, made once.
+func patternFile(cfg config) (string, error) {
+	pattern, size := filepath.Join(cfg.dir, "pattern.raw"), int64(cfg.sizeMiB)<<20
+	if st, err := os.Stat(pattern); err == nil && st.Size() == size {
+		return pattern, nil
+	}
+	if err := writePattern(pattern, size); err != nil {
+		return "", fmt.Errorf("making the disk's content: %w", err)
+	}
+	return pattern, nil
+}
+
+// preparePart fills the first writtenPart of a sparse disk, in small writes for the reason given at rewrite4K.
+func preparePart(ctx context.Context, image string, size int64) (err error) {
+	if err := createEmpty(ctx, image, "qcow2", size); err != nil {
+		return err
+	}
+	write, done, err := writer(ctx, image, "qcow2")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, done()) }()
+	rng := rand.NewChaCha8([32]byte{2})
+	data := make([]byte, 4096)
+	for off := int64(0); off < writtenPart; off += int64(len(data)) {
+		_, _ = rng.Read(data) // never fails, as documented
+		if err := write(data, off); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// createTries is how often qemu-img may fail to find out how fast this machine hashes keys, as it does on a busy one.
+const createTries = 10
+
+func prepareLUKS(ctx context.Context, cfg config, s serving) error {
+	pattern, err := patternFile(cfg)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(s.secret, []byte("measured"), 0o600); err != nil {
+		return err
+	}
+	made := s.image + ".made"
+	defer os.Remove(made)
+	for range createTries {
+		err = command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "--object", s.object(),
+			"-o", "encrypt.format=luks,encrypt.iter-time=10,encrypt.key-secret="+secretID, made, fmt.Sprint(diskLUKS.size(cfg)))
+		if err == nil || !strings.Contains(err.Error(), "accurate CPU usage") {
+			break
+		}
+	}
+	if err != nil {
+		return err
+	}
+	target := serving{image: made, secret: s.secret}
+	if err := command(ctx, "qemu-img", "convert", "-n", "-f", "raw", "-S", "0", "--object", s.object(), "--target-image-opts",
+		pattern, target.description()); err != nil {
+		return err
+	}
+	return rewrite4K(made, s.image)
+}
+
 // prepareScattered writes a cluster of data every scatterStep, in an order of chance so that neighbours on the disk are no
 // neighbours in the file.
 func prepareScattered(ctx context.Context, image, format string) (err error) {
-	if err := os.Remove(image); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
-	}
-	if err := command(ctx, "qemu-img", "create", "-q", "-f", format, image, fmt.Sprint(int64(scatteredSize))); err != nil {
+	if err := createEmpty(ctx, image, format, scatteredSize); err != nil {
 		return err
 	}
 	write, done, err := writer(ctx, image, format)

@@ -7,7 +7,7 @@
 //   - every contender has its own copy of the image, rewritten in 4 KiB steps before each case: page cache that was
 //     filled by large writes or by read-ahead makes small overwrites many times dearer on some kernels;
 //   - the copy is read once before each run, so that reads come from the page cache;
-//   - processor time is the server process's user and system time, from the kernel's accounting.
+//   - processor time is the server process's user and system time, from the kernel's accounting (for the plain file, fio's).
 package main
 
 import (
@@ -33,7 +33,25 @@ type config struct {
 	seconds    float64
 	sizeMiB    int
 	dir        string
+	drover     string
 }
+
+// flags is the command line.
+type flags struct {
+	contenders, cases string
+	list              bool
+	markdown, json    string
+	floors            string
+	record            bool
+	plots             string
+	starts, syscalls  bool
+	inside            string
+}
+
+const (
+	defaultContenders = "drover,file,nbdkit-raw,qemu-storage-daemon,qemu-nbd-uring"
+	defaultFloors     = "test/bench/floors.json"
+)
 
 func main() {
 	if err := run(); err != nil {
@@ -42,44 +60,56 @@ func main() {
 	}
 }
 
-func run() error {
-	var (
-		drover   = flag.String("drover", "bin/drover", "the drover to measure")
-		names    = flag.String("contenders", "drover,nbdkit-raw,qemu-nbd-uring", "who takes part, the last one is the base of the ratios: "+knownNames())
-		cases    = flag.String("cases", ".", "regular expression of the cases to run")
-		list     = flag.Bool("list", false, "list the cases and exit")
-		rounds   = flag.Int("rounds", 5, "rounds for each case")
-		seconds  = flag.Float64("seconds", 2, "length of one run")
-		size     = flag.Int("size", 512, "disk size in MiB")
-		dir      = flag.String("dir", "", "folder for the images (default: a temporary one)")
-		markdown = flag.String("markdown", "", "write the report to this file as Markdown")
-		jsonFile = flag.String("json", "", "write every sample to this file as JSON")
-		floors   = flag.String("floors", "", "fail where a ratio is worse than this file says")
-		record   = flag.Bool("record-floors", false, "write that file anew, with some room for noise")
-		plots    = flag.String("plots", "", "measure how cost grows instead, and draw a picture of each series into this folder")
-		starts   = flag.Bool("starts", false, "measure instead how long a server takes to answer after its start, and what it takes idle")
-	)
+func parseFlags() (f flags, cfg config) {
+	flag.StringVar(&cfg.drover, "drover", "bin/drover", "the drover to measure")
+	flag.StringVar(&f.contenders, "contenders", defaultContenders,
+		"who takes part; the last one is the base of the ratios: "+knownNames()+". Of the default ones, those that are not installed are left out")
+	flag.StringVar(&f.cases, "cases", ".", "regular expression of the cases to run, or of the series with -plots")
+	flag.BoolVar(&f.list, "list", false, "list the cases, say how long they take, and exit")
+	flag.IntVar(&cfg.rounds, "rounds", 7, "rounds for each case")
+	flag.Float64Var(&cfg.seconds, "seconds", 1, "length of one run")
+	flag.IntVar(&cfg.sizeMiB, "size", 512, "disk size in MiB")
+	flag.StringVar(&cfg.dir, "dir", "", "folder for the images (default: a temporary one)")
+	flag.StringVar(&f.markdown, "markdown", "", "write the report to this file as Markdown")
+	flag.StringVar(&f.json, "json", "", "write every sample to this file as JSON")
+	flag.StringVar(&f.floors, "floors", defaultFloors, "fail where a ratio is worse than this file says, if there is one")
+	flag.BoolVar(&f.record, "record-floors", false, "write the ratios reached into that file, with some room for noise")
+	flag.StringVar(&f.plots, "plots", "", "measure how cost grows instead, and draw a picture of each series into this folder")
+	flag.BoolVar(&f.starts, "starts", false, "measure instead how long a server takes to answer after its start, and what it takes idle")
+	flag.BoolVar(&f.syscalls, "syscalls", false, "count instead the system calls of an operation, and the syncs of a flush")
+	flag.StringVar(&f.inside, "inside", "", "for the program itself: measure KIND:FILE in this process, without a server, and print what was done")
 	flag.Parse()
-	expr := *cases
-	if *plots != "" {
-		expr = "." // it chooses series
-	}
-	selected, err := selectCases(expr)
-	if err != nil {
-		return err
-	}
-	if *list {
-		for _, w := range selected {
-			fmt.Println(w.Name)
-		}
-		return nil
-	}
-	cfg := config{cases: selected, rounds: *rounds, seconds: *seconds, sizeMiB: *size, dir: *dir}
+	return f, cfg
+}
+
+func run() error {
+	f, cfg := parseFlags()
 	if cfg.rounds < 1 || cfg.seconds <= 0 || cfg.sizeMiB < 16 {
 		return errors.New("needs at least one round, a positive length and a disk of 16 MiB")
 	}
-	if cfg.contenders, err = selectContenders(*names, *drover); err != nil {
+	if f.inside != "" {
+		return measureInside(context.Background(), os.Stdout, f.inside, cfg.seconds)
+	}
+	if f.plots == "" {
+		var err error
+		if cfg.cases, err = selectCases(f.cases); err != nil {
+			return err
+		}
+	}
+	selected, missing, err := selectContenders(f.contenders, cfg.drover, f.contenders == defaultContenders)
+	if err != nil {
 		return err
+	}
+	cfg.contenders = selected
+	if len(missing) > 0 {
+		fmt.Fprintf(os.Stderr, "Not installed, and left out: %s.\n", strings.Join(missing, ", "))
+	}
+	if f.list {
+		for _, w := range cfg.cases {
+			fmt.Println(w.Name)
+		}
+		fmt.Println(cfg.forecast())
+		return nil
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -89,39 +119,62 @@ func run() error {
 		}
 		defer os.RemoveAll(cfg.dir)
 	}
+	return f.measure(ctx, cfg)
+}
+
+// measure does what the flags ask for, and writes what came of it.
+func (f flags) measure(ctx context.Context, cfg config) error {
+	var report string
+	var samples any
+	var err error
 	switch {
-	case *plots != "":
-		return plotSeries(ctx, cfg, *drover, *cases, *plots)
-	case *starts:
-		return measureStarts(ctx, cfg, *drover)
+	case f.plots != "":
+		report, samples, err = plotSeries(ctx, cfg, f.cases, f.plots)
+	case f.starts:
+		report, samples, err = measureStarts(ctx, cfg)
+	case f.syscalls:
+		report, samples, err = countSyscalls(ctx, cfg)
+	default:
+		return f.measureCases(ctx, cfg)
 	}
+	if err != nil {
+		return err
+	}
+	return f.write(report, samples)
+}
+
+func (f flags) measureCases(ctx context.Context, cfg config) error {
+	fmt.Fprintln(os.Stderr, cfg.forecast())
 	results, err := measure(ctx, cfg)
 	if err != nil {
 		return err
 	}
-	report := markdownReport(cfg, results, machine())
+	if err := f.write(markdownReport(cfg, results, machine()), results); err != nil {
+		return err
+	}
+	here := condition{Processors: runtime.NumCPU(), Peer: version("qemu-nbd"), Base: cfg.contenders[len(cfg.contenders)-1].name}
+	if f.record {
+		return recordFloors(f.floors, here, results)
+	}
+	return checkFloors(os.Stderr, f.floors, here, results)
+}
+
+// write prints the report, and writes the files that were asked for.
+func (f flags) write(report string, samples any) error {
 	fmt.Print("\n", report)
-	if *markdown != "" {
-		if err := os.WriteFile(*markdown, []byte(report), 0o644); err != nil {
+	if f.markdown != "" {
+		if err := os.WriteFile(f.markdown, []byte(report), 0o644); err != nil {
 			return err
 		}
 	}
-	if *jsonFile != "" {
-		data, err := json.MarshalIndent(results, "", "  ")
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(*jsonFile, append(data, '\n'), 0o644); err != nil {
-			return err
-		}
-	}
-	switch {
-	case *floors == "":
+	if f.json == "" {
 		return nil
-	case *record:
-		return recordFloors(*floors, cfg, results)
 	}
-	return checkFloors(*floors, cfg, results)
+	data, err := json.MarshalIndent(samples, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(f.json, append(data, '\n'), 0o644)
 }
 
 func selectCases(expr string) ([]workload, error) {
@@ -144,37 +197,51 @@ func selectCases(expr string) ([]workload, error) {
 func measure(ctx context.Context, cfg config) ([]result, error) {
 	var results []result
 	for _, w := range cfg.cases {
-		res := result{Case: w.Name}
-		var able []contender
-		for _, c := range cfg.contenders {
-			if !w.Disk.suits(c) {
-				continue
-			}
-			able = append(able, c)
-			if err := w.Disk.prepare(ctx, cfg, c); err != nil {
-				return nil, fmt.Errorf("preparing the image of %s: %w", c.name, err)
-			}
+		res, err := measureCase(ctx, cfg, w)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", w.Name, err)
 		}
-		for round := range cfg.rounds {
-			for i := range able {
-				// Who begins changes from round to round.
-				c := able[(i+round)%len(able)]
-				s, err := runOnce(ctx, cfg, c, w)
-				if err != nil {
-					return nil, fmt.Errorf("%s with %s: %w", w.Name, c.name, err)
-				}
-				s.Contender, s.Round = c.name, round
-				res.Samples = append(res.Samples, s)
-				fmt.Fprintf(os.Stderr, "%-36s round %d  %-18s %9.0f op/s  %8.2f us CPU/op  %6.1f MiB  %7.2f KiB of host disk/op\n", w.Name,
-					round+1, c.name, s.OpsPerSecond, s.CPUMicrosPerOp, s.MemoryMiB, s.HostKiBPerOp)
-			}
-		}
-		results = append(results, res)
-		for _, c := range able {
-			os.Remove(c.image(cfg.dir))
+		if res != nil {
+			results = append(results, *res)
 		}
 	}
 	return results, nil
+}
+
+// measureCase runs all rounds of a case. It returns nil where nobody can take part.
+func measureCase(ctx context.Context, cfg config, w workload) (*result, error) {
+	all, base := w.takePart(cfg)
+	if len(all) == 0 {
+		return nil, nil
+	}
+	res := &result{Case: w.Name, Base: base}
+	for _, e := range all {
+		res.Servers = append(res.Servers, e.name)
+		if e.clean != nil {
+			defer e.clean()
+		}
+		if e.prepare == nil {
+			continue
+		}
+		if err := e.prepare(ctx); err != nil {
+			return nil, fmt.Errorf("preparing what %s works on: %w", e.name, err)
+		}
+	}
+	for round := range cfg.rounds {
+		for i := range all {
+			// Who begins changes from round to round.
+			e := all[(i+round)%len(all)]
+			s, err := e.run(ctx)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", e.name, err)
+			}
+			s.Contender, s.Round = e.name, round
+			res.Samples = append(res.Samples, s)
+			fmt.Fprintf(os.Stderr, "%-36s round %d  %-19s %9.0f op/s  %8.2f us CPU/op  %6.1f MiB  %7.2f KiB of host disk/op\n", w.Name,
+				round+1, e.name, s.OpsPerSecond, s.CPUMicrosPerOp, s.MemoryMiB, s.HostKiBPerOp)
+		}
+	}
+	return res, nil
 }
 
 func command(ctx context.Context, name string, args ...string) error {
@@ -185,7 +252,7 @@ func command(ctx context.Context, name string, args ...string) error {
 	return nil
 }
 
-// machine describes what the figures were measured on.
+// machine describes what the figures were measured on, and how busy it was.
 func machine() string {
 	parts := []string{fmt.Sprintf("%d processors", runtime.NumCPU())}
 	if data, err := os.ReadFile("/proc/cpuinfo"); err == nil {
@@ -197,9 +264,19 @@ func machine() string {
 		parts = append(parts, "Linux "+strings.TrimSpace(string(data)))
 	}
 	for _, peer := range []string{"qemu-nbd", "nbdkit", "fio"} {
-		if out, err := exec.Command(peer, "--version").Output(); err == nil {
-			parts = append(parts, strings.SplitN(string(out), "\n", 2)[0])
+		if v := version(peer); v != "" {
+			parts = append(parts, v)
 		}
 	}
 	return strings.Join(parts, "; ") + "; " + time.Now().UTC().Format("2006-01-02 15:04 MST")
+}
+
+// version is the first line of what a program says of its version, or empty.
+func version(program string) string {
+	out, err := exec.Command(program, "--version").Output()
+	if err != nil {
+		return ""
+	}
+	first, _, _ := strings.Cut(string(out), "\n")
+	return first
 }

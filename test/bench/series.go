@@ -23,22 +23,24 @@ type series struct {
 	load   workload
 	// prepare makes the image at the given name for one value; what it needs beside goes into the folder dir.
 	prepare func(ctx context.Context, cfg config, v int64, image, dir string) error
+	// anew: every run begins with the image as it was prepared, since the load uses up what is measured.
+	anew bool
 	// tune adapts the load to a value.
 	tune func(w *workload, v int64)
 	// args gives the servers' command lines where they are not those of one export; nil elements do not take part.
-	args func(drover, image, dir, socket string, v int64) map[string][]string
+	args func(drover, image, socket string, v int64) map[string][]string
 }
 
 func plain(v int64) string { return fmt.Sprint(v) }
 
 func bytesLabel(v int64) string {
-	for _, u := range []string{"", "K", "M", "G", "T"} {
+	for _, u := range []string{"B", "KiB", "MiB", "GiB", "TiB"} {
 		if v < 1024 {
-			return fmt.Sprint(v, u)
+			return fmt.Sprint(v, " ", u)
 		}
 		v /= 1024
 	}
-	return fmt.Sprint(v, "P")
+	return fmt.Sprint(v, " PiB")
 }
 
 // touched is how many clusters hold data in the series of sizes.
@@ -48,6 +50,9 @@ func allSeries() []series {
 	random := workload{RW: "randread", Block: "4k", Depth: 16, Conns: 1}
 	write := random
 	write.RW = "randwrite"
+	// Most clusters are written once, and copied for it: they belong to a snapshot. It is the same work for all servers.
+	shared := write
+	shared.Align, shared.Ops = "64k", 2000
 	return []series{
 		{
 			name: "depth", title: "4 KiB random reads, one connection", axis: "requests in flight",
@@ -60,20 +65,20 @@ func allSeries() []series {
 			tune: func(w *workload, v int64) { w.Conns = int(v) },
 		},
 		{
-			name: "size", title: "4 KiB random overwrites of 1,024 clusters, depth 16", axis: "size of the disk",
+			name: "size", title: "4 KiB random overwrites of 1,024 clusters, one connection, depth 16", axis: "virtual size of the disk",
 			values: []int64{1 << 30, 64 << 30, 4 << 40, 256 << 40, 2 << 50}, label: bytesLabel, load: write, prepare: prepareTouched,
 			tune: func(w *workload, v int64) { w.Size, w.Align = v, fmt.Sprint(v/touched) },
 		},
 		{
-			name: "snapshots", title: "4 KiB random writes, depth 16", axis: "internal snapshots",
-			values: []int64{1, 10, 100, 1000}, label: plain, load: write, prepare: prepareSnapshots,
+			name: "snapshots", title: "2,000 random writes of 4 KiB to clusters of a snapshot, depth 16", axis: "internal snapshots",
+			values: []int64{1, 10, 100, 1000}, label: plain, load: shared, prepare: prepareSnapshots, anew: true,
 		},
 		{
-			name: "chain", title: "4 KiB random reads of the lowest image, depth 16", axis: "images in the chain",
+			name: "chain", title: "4 KiB random reads of the lowest image, one connection, depth 16", axis: "images in the chain",
 			values: []int64{1, 2, 5, 10, 20, 50}, label: plain, load: random, prepare: prepareChain,
 		},
 		{
-			name: "exports", title: "4 KiB random reads of one export, depth 16", axis: "exports of the server",
+			name: "exports", title: "4 KiB random reads of one export, one connection, depth 16", axis: "exports of the server",
 			values: []int64{1, 10, 100, 1000}, label: plain, load: random, prepare: prepareExports, args: manyExports,
 		},
 	}
@@ -170,13 +175,14 @@ func exportImage(image string, i int64) string {
 }
 
 // manyExports serves n images at once. qemu-nbd serves one, so the peer is QEMU's storage daemon.
-func manyExports(drover, image, _, socket string, n int64) map[string][]string {
+func manyExports(drover, image, socket string, n int64) map[string][]string {
 	ours := []string{drover, "serve", "--socket", socket, "--format", "qcow2"}
 	theirs := []string{"qemu-storage-daemon", "--nbd-server", "addr.type=unix,addr.path=" + socket + ",max-connections=0"}
-	for i := range n {
+	// What fio asks for comes last: the storage daemon takes clients before it has opened everything.
+	for i := n - 1; i >= 0; i-- {
 		name := fmt.Sprint("d", i)
 		if i == 0 {
-			name = "" // what fio asks for
+			name = ""
 		}
 		ours = append(ours, "--export", name+"="+exportImage(image, i))
 		theirs = append(theirs,
@@ -186,57 +192,95 @@ func manyExports(drover, image, _, socket string, n int64) map[string][]string {
 	return map[string][]string{"drover": ours, "qemu-storage-daemon": theirs}
 }
 
+// seriesFigures is what was measured of one series.
+type seriesFigures struct {
+	Series string  `json:"series"`
+	Values []int64 `json:"values"`
+	Lines  []line  `json:"lines"`
+}
+
 // plotSeries measures the series whose names match expr and draws a picture of each into a folder.
-func plotSeries(ctx context.Context, cfg config, drover, expr, folder string) error {
+func plotSeries(ctx context.Context, cfg config, expr, folder string) (string, any, error) {
 	re, err := regexp.Compile(expr)
 	if err != nil {
-		return fmt.Errorf("-cases: %w", err)
+		return "", nil, fmt.Errorf("-cases: %w", err)
 	}
 	if err := os.MkdirAll(folder, 0o777); err != nil {
-		return err
+		return "", nil, err
 	}
+	var report strings.Builder
+	fmt.Fprintf(&report, "Machine: %s.\n\nMedians of %d rounds of %g s, alternating.\n", machine(), cfg.rounds, cfg.seconds)
+	var all []seriesFigures
 	for _, s := range allSeries() {
 		if !re.MatchString(s.name) {
 			continue
 		}
-		lines, err := s.measure(ctx, cfg, drover)
+		lines, err := s.measure(ctx, cfg)
 		if err != nil {
-			return fmt.Errorf("%s: %w", s.name, err)
+			return "", nil, fmt.Errorf("%s: %w", s.name, err)
 		}
-		if err := os.WriteFile(filepath.Join(folder, s.name+".svg"), []byte(s.draw(lines)), 0o644); err != nil {
-			return err
+		all = append(all, seriesFigures{s.name, s.values, lines})
+		s.table(&report, lines)
+		picture := s.draw(lines, fmt.Sprintf("medians of %d rounds of %g s; bars from the lowest to the highest", cfg.rounds, cfg.seconds))
+		if err := os.WriteFile(filepath.Join(folder, s.name+".svg"), []byte(picture), 0o644); err != nil {
+			return "", nil, err
 		}
 	}
-	return nil
+	if len(all) == 0 {
+		return "", nil, fmt.Errorf("-cases: no series matches %q", expr)
+	}
+	return report.String(), all, nil
 }
 
-// line is what was measured of one server, value by value.
+// table writes the figures behind a picture.
+func (s series) table(b *strings.Builder, lines []line) {
+	fmt.Fprintf(b, "\n%s:\n\n| %s |", s.title, s.axis)
+	for _, l := range lines {
+		fmt.Fprintf(b, " %s op/s | CPU µs/op |", l.Server)
+	}
+	fmt.Fprintf(b, "\n| ---: |%s\n", strings.Repeat(" ---: | ---: |", len(lines)))
+	for i, v := range s.values {
+		fmt.Fprintf(b, "| %s |", s.label(v))
+		for _, l := range lines {
+			fmt.Fprintf(b, " %s | %s |", figure(median(l.Ops[i])), figure(median(l.CPU[i])))
+		}
+		fmt.Fprintln(b)
+	}
+}
+
+// line is what was measured of one server: for each value, round by round.
 type line struct {
-	server   string
-	ops, cpu []float64 // medians
+	Server string      `json:"server"`
+	Ops    [][]float64 `json:"ops_per_second"`
+	CPU    [][]float64 `json:"server_cpu_us_per_op"`
 }
 
-func (s series) measure(ctx context.Context, cfg config, drover string) ([]line, error) {
+func (s series) measure(ctx context.Context, cfg config) ([]line, error) {
 	var lines []line
 	for _, v := range s.values {
-		samples, err := s.point(ctx, cfg, drover, v)
+		samples, err := s.point(ctx, cfg, v)
 		if err != nil {
 			return nil, fmt.Errorf("%s %s: %w", s.axis, s.label(v), err)
 		}
-		for i, sm := range samples {
+		for i, p := range samples {
 			if i == len(lines) {
-				lines = append(lines, line{server: sm.server})
+				lines = append(lines, line{Server: p.server})
 			}
-			lines[i].ops = append(lines[i].ops, median(sm.ops))
-			lines[i].cpu = append(lines[i].cpu, median(sm.cpu))
-			fmt.Fprintf(os.Stderr, "%-12s %-6s %-20s %9.0f op/s  %8.2f us CPU/op\n", s.name, s.label(v), sm.server, median(sm.ops), median(sm.cpu))
+			lines[i].Ops, lines[i].CPU = append(lines[i].Ops, p.ops), append(lines[i].CPU, p.cpu)
+			fmt.Fprintf(os.Stderr, "%-12s %-8s %-20s %9.0f op/s  %8.2f us CPU/op\n", s.name, s.label(v), p.server, median(p.ops), median(p.cpu))
 		}
 	}
 	return lines, nil
 }
 
+// point is what was measured of one server with one value, round by round.
+type point struct {
+	server   string
+	ops, cpu []float64
+}
+
 // point measures all servers with one value, in turn, each on an image of its own.
-func (s series) point(ctx context.Context, cfg config, drover string, v int64) ([]line, error) {
+func (s series) point(ctx context.Context, cfg config, v int64) ([]point, error) {
 	w := s.load
 	w.Name = s.name
 	if s.tune != nil {
@@ -246,141 +290,73 @@ func (s series) point(ctx context.Context, cfg config, drover string, v int64) (
 	if s.args != nil {
 		names[1] = "qemu-storage-daemon"
 	}
-	lines := make([]line, len(names))
+	points := make([]point, len(names))
 	for i, name := range names {
-		lines[i].server = name
+		points[i].server = name
 		dir := filepath.Join(cfg.dir, name)
 		if err := errors.Join(os.RemoveAll(dir), os.MkdirAll(dir, 0o777)); err != nil {
 			return nil, err
 		}
 		defer os.RemoveAll(dir)
-		if err := s.prepare(ctx, cfg, v, filepath.Join(dir, "disk.qcow2"), cfg.dir); err != nil {
+		image := filepath.Join(dir, "disk.qcow2")
+		if err := s.prepare(ctx, cfg, v, image, cfg.dir); err != nil {
 			return nil, err
+		}
+		if s.anew {
+			if err := os.Rename(image, prepared(image)); err != nil {
+				return nil, err
+			}
 		}
 	}
 	for round := range cfg.rounds {
 		for k := range names {
-			l := &lines[(k+round)%len(lines)]
-			ops, cpu, err := s.run(ctx, cfg, drover, l.server, v, w)
+			p := &points[(k+round)%len(points)]
+			done, err := s.run(ctx, cfg, p.server, v, w)
 			if err != nil {
-				return nil, fmt.Errorf("%s: %w", l.server, err)
+				return nil, fmt.Errorf("%s: %w", p.server, err)
 			}
-			l.ops, l.cpu = append(l.ops, ops), append(l.cpu, cpu)
+			p.ops, p.cpu = append(p.ops, done.OpsPerSecond), append(p.cpu, done.CPUMicrosPerOp)
 		}
 	}
-	return lines, nil
+	return points, nil
 }
 
-func (s series) run(ctx context.Context, cfg config, drover, server string, v int64, w workload) (ops, cpu float64, err error) {
-	image := filepath.Join(cfg.dir, server, "disk.qcow2")
-	if err := warm(image); err != nil {
-		return 0, 0, err
+// prepared is where an image stays as it was prepared.
+func prepared(image string) string { return image + ".prepared" }
+
+// run starts a server on what was prepared for it, loads it, and stops it.
+func (s series) run(ctx context.Context, cfg config, server string, v int64, w workload) (sample, error) {
+	at := serving{image: filepath.Join(cfg.dir, server, "disk.qcow2"), socket: filepath.Join(cfg.dir, "socket")}
+	if s.anew {
+		if err := rewrite4K(prepared(at.image), at.image); err != nil {
+			return sample{}, err
+		}
 	}
-	socket := filepath.Join(cfg.dir, "socket")
+	below, err := filepath.Glob(filepath.Join(cfg.dir, server, "base.qcow2"))
+	if err != nil {
+		return sample{}, err
+	}
+	for _, name := range append(below, at.image) {
+		if err := warm(name); err != nil {
+			return sample{}, err
+		}
+	}
 	var args []string
 	if s.args != nil {
-		args = s.args(drover, image, cfg.dir, socket, v)[server]
+		args = s.args(cfg.drover, at.image, at.socket, v)[server]
 	} else {
-		for _, c := range allContenders(drover) {
+		for _, c := range allContenders(cfg.drover) {
 			if c.name == server {
-				args = c.args(image, socket)
+				args = c.args(at)
 			}
 		}
 	}
-	srv, err := launch(ctx, socket, args)
+	srv, err := launch(ctx, at.socket, args)
 	if err != nil {
-		return 0, 0, err
+		return sample{}, err
 	}
-	defer func() { err = errors.Join(err, srv.stop()) }()
-	before, err := srv.cpuTime()
-	if err != nil {
-		return 0, 0, err
+	if err := srv.awaitExport(ctx); err != nil {
+		return sample{}, errors.Join(err, srv.stop())
 	}
-	ran, err := load(ctx, cfg, overNBD(socket), w)
-	if err != nil {
-		return 0, 0, err
-	}
-	after, err := srv.cpuTime()
-	sm := ran.sample(after - before)
-	return sm.OpsPerSecond, sm.CPUMicrosPerOp, err
-}
-
-// draw makes an SVG picture: operations per second on the left, processor time per operation on the right.
-func (s series) draw(lines []line) string {
-	var b strings.Builder
-	const width, height = 860, 330
-	fmt.Fprintf(&b, `<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="%d" viewBox="0 0 %d %d" font-family="sans-serif" font-size="12">`+"\n",
-		width, height, width, height)
-	fmt.Fprintf(&b, `<rect width="%d" height="%d" fill="white"/>`+"\n", width, height)
-	fmt.Fprintf(&b, `<text x="20" y="24" font-size="15" fill="#222">%s, by %s</text>`+"\n", s.title, s.axis)
-	left, right := make([][]float64, len(lines)), make([][]float64, len(lines))
-	for i, l := range lines {
-		left[i], right[i] = l.ops, l.cpu
-		x := 20 + 190*i
-		fmt.Fprintf(&b, `<rect x="%d" y="36" width="14" height="4" fill="%s"/><text x="%d" y="43" fill="#222">%s</text>`+"\n", x, colour(i), x+20, l.server)
-	}
-	s.panel(&b, 70, "operations per second", left)
-	s.panel(&b, 500, "server CPU per operation, µs", right)
-	b.WriteString("</svg>\n")
-	return b.String()
-}
-
-func colour(i int) string { return []string{"#1f6f54", "#c0562b", "#4361a8"}[i%3] }
-
-// panel draws one diagram with its left edge at x0: values upwards from 0, steps to the right.
-func (s series) panel(b *strings.Builder, x0 int, what string, values [][]float64) {
-	const top, bottom, wide = 80, 270, 330
-	most := 0.0
-	for _, v := range values {
-		for _, y := range v {
-			most = max(most, y)
-		}
-	}
-	unit := niceStep(most)
-	most = unit * float64(int(most/unit)+1)
-	at := func(i int, y float64) (float64, float64) {
-		step := float64(wide) / float64(max(1, len(s.values)-1))
-		return float64(x0) + float64(i)*step, bottom - y/most*(bottom-top)
-	}
-	fmt.Fprintf(b, `<text x="%d" y="%d" fill="#555">%s</text>`+"\n", x0, top-14, what)
-	for y := 0.0; y <= most*1.0001; y += unit {
-		_, py := at(0, y)
-		fmt.Fprintf(b, `<line x1="%d" y1="%.1f" x2="%d" y2="%.1f" stroke="#ddd"/><text x="%d" y="%.1f" text-anchor="end" fill="#555">%s</text>`+"\n",
-			x0, py, x0+wide, py, x0-6, py+4, shortNumber(y))
-	}
-	for i, v := range s.values {
-		px, _ := at(i, 0)
-		fmt.Fprintf(b, `<text x="%.1f" y="%d" text-anchor="middle" fill="#555">%s</text>`+"\n", px, bottom+18, s.label(v))
-	}
-	fmt.Fprintf(b, `<text x="%d" y="%d" text-anchor="middle" fill="#555">%s</text>`+"\n", x0+wide/2, bottom+38, s.axis)
-	for k, v := range values {
-		var points []string
-		for i, y := range v {
-			px, py := at(i, y)
-			points = append(points, fmt.Sprintf("%.1f,%.1f", px, py))
-			fmt.Fprintf(b, `<circle cx="%.1f" cy="%.1f" r="3" fill="%s"/>`+"\n", px, py, colour(k))
-		}
-		fmt.Fprintf(b, `<polyline points="%s" fill="none" stroke="%s" stroke-width="2"/>`+"\n", strings.Join(points, " "), colour(k))
-	}
-}
-
-// niceStep returns a round distance of which at most six reach up to most.
-func niceStep(most float64) float64 {
-	for decade := 1e-3; ; decade *= 10 {
-		for _, step := range []float64{decade, 2 * decade, 5 * decade} {
-			if step*6 >= most {
-				return step
-			}
-		}
-	}
-}
-
-func shortNumber(v float64) string {
-	switch {
-	case v >= 1e6:
-		return fmt.Sprintf("%gM", v/1e6)
-	case v >= 1e3:
-		return fmt.Sprintf("%gk", v/1e3)
-	}
-	return fmt.Sprintf("%g", v)
+	return srv.loaded(ctx, cfg, w)
 }

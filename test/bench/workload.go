@@ -21,6 +21,9 @@ type workload struct {
 	Align string // of the offsets, where it is not the block's size
 	Size  int64  // of the part of the disk that is used, where it is not all of it
 	Fsync int    // writes between two flushes; 0 is none
+	Ops   int    // after which the load ends; 0: it ends by time
+	// entries is who takes part where it is not, or not only, the contenders.
+	entries func(cfg config, w workload) (all []entry, base string)
 }
 
 func workloads() []workload {
@@ -45,9 +48,20 @@ func workloads() []workload {
 	scattered := workload{Name: "scattered-4k-randread-qd1-x1", RW: "randread", Block: "4k", Depth: 1, Conns: 1, Disk: diskScattered, Align: scatterStride}
 	deep := scattered
 	deep.Name, deep.Depth = "scattered-4k-randread-qd16-x1", 16
-	return append(all, alloc, flushed, stream, scattered, deep,
+	all = append(all, alloc, flushed, stream, scattered, deep,
 		workload{Name: "zlib-4k-read-qd1-x1", RW: "read", Block: "4k", Depth: 1, Conns: 1, Disk: diskZlib},
-		workload{Name: "zlib-1m-read-qd8-x1", RW: "read", Block: "1m", Depth: 8, Conns: 1, Disk: diskZlib})
+		workload{Name: "zlib-4k-read-qd16-x1", RW: "read", Block: "4k", Depth: 16, Conns: 1, Disk: diskZlib},
+		workload{Name: "zlib-1m-read-qd8-x1", RW: "read", Block: "1m", Depth: 8, Conns: 1, Disk: diskZlib, entries: withCodecAlone},
+		workload{Name: "empty-1m-read-qd8-x1", RW: "read", Block: "1m", Depth: 8, Conns: 1, Disk: diskEmpty},
+		workload{Name: "small-4k-randwrite-qd16-x1", RW: "randwrite", Block: "4k", Depth: 16, Conns: 1, Disk: diskSmall, Size: writtenPart},
+		workload{Name: "2p-4k-randwrite-qd16-x1", RW: "randwrite", Block: "4k", Depth: 16, Conns: 1, Disk: diskHuge, Size: writtenPart})
+	for _, rw := range []string{"randread", "randwrite"} {
+		all = append(all, workload{Name: "luks-4k-" + rw + "-qd16-x1", RW: rw, Block: "4k", Depth: 16, Conns: 1, Disk: diskLUKS})
+	}
+	for _, rw := range []string{"read", "write"} {
+		all = append(all, workload{Name: "luks-1m-" + rw + "-qd8-x1", RW: rw, Block: "1m", Depth: 8, Conns: 1, Disk: diskLUKS})
+	}
+	return append(all, coresCases()...)
 }
 
 // sample is what one run measured.
@@ -63,6 +77,8 @@ type sample struct {
 
 type result struct {
 	Case    string   `json:"case"`
+	Servers []string `json:"servers"` // in the order of the report
+	Base    string   `json:"base"`    // the server that the others are compared with
 	Samples []sample `json:"samples"`
 }
 
@@ -76,43 +92,43 @@ func runOnce(ctx context.Context, cfg config, c contender, w workload) (s sample
 		return s, err
 	}
 	if c.args == nil {
-		ran, err := load(ctx, cfg, []string{"--ioengine=io_uring", "--filename=" + c.image(cfg.dir)}, w)
-		return ran.sample(ran.cpu), err
-	}
-	srv, err := start(ctx, cfg, c)
-	if err != nil {
-		return s, err
-	}
-	ended := false
-	defer func() {
-		if !ended {
-			err = errors.Join(err, srv.stop())
+		ran, err := loadFile(ctx, cfg, c.image(cfg.dir), w)
+		if err != nil {
+			return s, err
 		}
-	}()
-
-	before, err := srv.cpuTime()
-	if err != nil {
-		return s, err
+		s = ran.sample(ran.cpu)
+	} else {
+		srv, err := start(ctx, cfg, c, w.Disk)
+		if err != nil {
+			return s, err
+		}
+		if s, err = srv.loaded(ctx, cfg, w); err != nil {
+			return s, err
+		}
 	}
-	ran, err := load(ctx, cfg, overNBD(srv.socket), w)
-	if err != nil {
-		return s, err
-	}
-	after, err := srv.cpuTime()
-	if err != nil {
-		return s, err
-	}
-	s = ran.sample(after - before)
-	if s.MemoryMiB, err = srv.peakMemory(); err != nil {
-		return s, err
-	}
-	ended = true
-	if err := srv.stop(); err != nil { // the image is whole after this only
-		return s, err
-	}
-	now, err := allocated(c.image(cfg.dir))
+	now, err := allocated(c.image(cfg.dir)) // which is whole after the server's end only
 	s.HostKiBPerOp = float64(now-used) / 1024 / float64(s.Ops)
 	return s, err
+}
+
+// loaded puts the load on a server that has just been started, and stops it.
+func (s *server) loaded(ctx context.Context, cfg config, w workload) (done sample, err error) {
+	defer func() { err = errors.Join(err, s.stop()) }()
+	before, err := s.cpuTime()
+	if err != nil {
+		return done, err
+	}
+	ran, err := loadServer(ctx, cfg, s.socket, w)
+	if err != nil {
+		return done, err
+	}
+	after, err := s.cpuTime()
+	if err != nil {
+		return done, err
+	}
+	done = ran.sample(after - before)
+	done.MemoryMiB, err = s.peakMemory()
+	return done, err
 }
 
 func (w workload) size(cfg config) int64 {
@@ -122,31 +138,48 @@ func (w workload) size(cfg config) int64 {
 	return w.Disk.size(cfg)
 }
 
-// tally is what fio did.
+// tally is what the load did.
 type tally struct {
 	ops     int64
+	flushes int64
 	seconds float64
-	cpu     time.Duration // that fio itself took
+	cpu     time.Duration // that the load itself took
 }
 
 func (r tally) sample(cpu time.Duration) sample {
 	if r.ops == 0 {
 		return sample{}
 	}
-	return sample{Ops: r.ops, OpsPerSecond: float64(r.ops) / r.seconds, CPUMicrosPerOp: float64(cpu.Microseconds()) / float64(r.ops)}
+	return sample{Ops: r.ops, OpsPerSecond: float64(r.ops) / r.seconds, CPUMicrosPerOp: float64(cpu.Nanoseconds()) / 1000 / float64(r.ops)}
 }
 
-func overNBD(socket string) []string {
-	return []string{"--ioengine=nbd", "--uri=nbd+unix:///?socket=" + socket}
+// loadServer puts the load on whom answers at a socket.
+func loadServer(ctx context.Context, cfg config, socket string, w workload) (tally, error) {
+	if w.Fsync > 0 {
+		return flushingLoad(ctx, cfg, socket, "", w)
+	}
+	return load(ctx, cfg, []string{"--ioengine=nbd", "--uri=nbd+unix:///?socket=" + socket}, w)
+}
+
+// loadFile puts the load on a raw file itself.
+func loadFile(ctx context.Context, cfg config, name string, w workload) (tally, error) {
+	if w.Fsync > 0 {
+		return flushingLoad(ctx, cfg, "", name, w)
+	}
+	return load(ctx, cfg, []string{"--ioengine=io_uring", "--filename=" + name}, w)
 }
 
 // load runs fio on what the flags in where name.
 func load(ctx context.Context, cfg config, where []string, w workload) (tally, error) {
 	args := []string{"--name=" + w.Name, "--thread",
 		"--group_reporting", "--output-format=json", "--rw=" + w.RW, "--bs=" + w.Block, fmt.Sprintf("--iodepth=%d", w.Depth),
-		fmt.Sprintf("--numjobs=%d", w.Conns), fmt.Sprintf("--size=%d", w.size(cfg)), "--time_based",
-		fmt.Sprintf("--runtime=%dms", int(cfg.seconds*1000)), "--norandommap", "--scramble_buffers=0", "--invalidate=0",
-		"--randrepeat=0"}
+		fmt.Sprintf("--numjobs=%d", w.Conns), fmt.Sprintf("--size=%d", w.size(cfg)), "--norandommap", "--scramble_buffers=0",
+		"--invalidate=0", "--randrepeat=0"}
+	if w.Ops > 0 {
+		args = append(args, fmt.Sprintf("--number_ios=%d", w.Ops))
+	} else {
+		args = append(args, "--time_based", fmt.Sprintf("--runtime=%dms", int(cfg.seconds*1000)))
+	}
 	args = append(args, where...)
 	if w.Conns > 1 && w.Block == "1m" {
 		// Sequential streams begin apart from each other and stay inside the disk.
@@ -155,9 +188,6 @@ func load(ctx context.Context, cfg config, where []string, w workload) (tally, e
 	}
 	if w.Align != "" {
 		args = append(args, "--blockalign="+w.Align)
-	}
-	if w.Fsync > 0 {
-		args = append(args, fmt.Sprintf("--fsync=%d", w.Fsync))
 	}
 	var stdout, stderr bytes.Buffer
 	cmd := exec.CommandContext(ctx, "fio", args...)

@@ -65,7 +65,7 @@ var modules = map[string][]string{
 	"luks/ciphers": {"golang.org/x/crypto"},
 	"block":        {"golang.org/x/sys"},
 	"storage":      {"golang.org/x/sys"},
-	"test":         {"golang.org/x/sys"},
+	"test":         {"golang.org/x/sys", "github.com/klauspost/compress"}, // the latter as a yardstick by itself
 
 	"internal/certtest": {},
 	"internal/picture":  {},

@@ -1,0 +1,39 @@
+package main
+
+import (
+	"fmt"
+	"math"
+	"time"
+)
+
+// What a run takes beside the load (reading the image, starting and stopping the server and fio), and what it takes to make an
+// image, on a small machine.
+const (
+	aroundRun   = 700 * time.Millisecond
+	makingImage = 2 * time.Second
+)
+
+// making is what it takes to make one server's image of a kind.
+func (d disk) making() time.Duration {
+	switch d {
+	case diskScattered, diskZlib, diskLUKS:
+		return 6 * makingImage
+	case diskFresh, diskEmpty:
+		return 0
+	}
+	return makingImage
+}
+
+// forecast says what is going to be measured and about how long that takes.
+func (cfg config) forecast() string {
+	var runs int
+	var whole time.Duration
+	for _, w := range cfg.cases {
+		all, _ := w.takePart(cfg)
+		runs += len(all) * cfg.rounds
+		whole += time.Duration(len(all)) * w.Disk.making()
+	}
+	whole += time.Duration(runs) * (time.Duration(cfg.seconds*float64(time.Second)) + aroundRun)
+	return fmt.Sprintf("%d cases in %d rounds: %d runs of %g s, about %.0f minutes with what they need beside.",
+		len(cfg.cases), cfg.rounds, runs, cfg.seconds, math.Ceil(whole.Minutes()))
+}
