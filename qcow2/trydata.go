@@ -11,14 +11,14 @@ const maxTryCrypt = 64 << 10
 
 // TryReadDataAt is TryReadAt of a range whose clusters all hold data, here or below; otherwise block.ErrWouldBlock.
 func (im *Image) TryReadDataAt(p []byte, off int64) error {
-	if im.crypt != nil && len(p) > maxTryCrypt {
-		return block.ErrWouldBlock
-	}
 	t, ok := im.tryEnter()
 	if !ok {
 		return block.ErrWouldBlock
 	}
 	defer im.meta.Epochs.Exit(t)
+	if im.crypt != nil && len(p) > maxTryCrypt {
+		return block.ErrWouldBlock
+	}
 	if err := block.CheckRange(off, int64(len(p)), im.Size()); err != nil {
 		return err
 	}

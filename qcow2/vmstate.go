@@ -64,9 +64,6 @@ func (im *Image) WriteVMState(ctx context.Context, p []byte, off int64) error {
 	if im.readOnly {
 		return block.ErrReadOnly
 	}
-	if im.lay.DataFile {
-		return fmt.Errorf("%w: its data lies in another file, which ends with the disk", ErrNoVMState)
-	}
 	for len(p) > 0 {
 		n, err := im.writeState(ctx, p, off)
 		if errors.Is(err, errShortL1) {
@@ -86,6 +83,9 @@ func (im *Image) writeState(ctx context.Context, p []byte, off int64) (done int,
 	check := func() error {
 		if err := im.checkWrite(0, 0); err != nil {
 			return err
+		}
+		if im.lay.DataFile {
+			return fmt.Errorf("%w: its data lies in another file, which ends with the disk", ErrNoVMState)
 		}
 		if at, err = im.stateSpan(off, int64(len(p))); err != nil {
 			return err

@@ -118,6 +118,41 @@ func checkStateFile(t *testing.T, name string) {
 }
 
 // TestVMStateBitmap: the state is nothing that a dirty bitmap records, and none has room for it.
+// A snapshot shares the clusters of the state. What is written then copies the rest of each, which lies behind the disk.
+func TestVMStateCopiedOnWrite(t *testing.T) {
+	for _, o := range []qcow2.CreateOptions{{Size: 1 << 20}, {Size: 1<<20 + 512, ClusterSize: 4096}, {Size: 1 << 20, ExtendedL2: true}, {}} {
+		name, im := stateImage(t, o)
+		want := bytes.Repeat([]byte("state of a machine "), 20000)
+		write := func(off, n int) {
+			t.Helper()
+			for i := range want[off : off+n] {
+				want[off+i]++
+			}
+			if err := im.WriteVMState(t.Context(), want[off:off+n], int64(off)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		write(0, len(want))
+		for i, part := range [][2]int{{100, 1}, {65536 - 3, 7}, {200_000, 70_000}, {len(want) - 1, 1}} {
+			if _, err := im.CreateSnapshot(t.Context(), string(rune('a'+i))); err != nil {
+				t.Fatal(err)
+			}
+			write(part[0], part[1])
+			got := make([]byte, len(want))
+			if err := im.ReadVMState(t.Context(), got, 0); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got, want) {
+				t.Errorf("%+v: writing %d bytes at %d changed more of the state", o, part[1], part[0])
+			}
+		}
+		if err := im.Close(); err != nil {
+			t.Fatal(err)
+		}
+		checkStateFile(t, name)
+	}
+}
+
 func TestVMStateBitmap(t *testing.T) {
 	_, im := stateImage(t, qcow2.CreateOptions{Size: 1 << 20})
 	if err := im.AddBitmap(t.Context(), "b", qcow2.BitmapOptions{Granularity: 65536}); err != nil {

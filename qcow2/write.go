@@ -420,7 +420,7 @@ func (a *allocation) store(ctx context.Context, bufs [][]byte, n, off, in int64)
 // zeroes where the host has zeroes already. The disk may end within b; zeroes follow.
 func (a *allocation) copyOld(ctx context.Context, b []byte, off int64) (bool, error) {
 	im := a.im
-	inside := max(min(int64(len(b)), im.Size()-off), 0)
+	inside := im.readable(off, int64(len(b)))
 	zero, err := im.partIsZero(span{off, inside})
 	if err != nil || zero && a.virgin {
 		return false, err
@@ -435,6 +435,15 @@ func (a *allocation) copyOld(ctx context.Context, b []byte, off int64) (bool, er
 		return false, fmt.Errorf("copying on write: %w", err)
 	}
 	return true, nil
+}
+
+// readable returns how many of n bytes at off the mapping decides: those before the end of the disk, or all where the state
+// of a machine lies.
+func (im *Image) readable(off, n int64) int64 {
+	if off >= im.VMStateOffset() {
+		return n
+	}
+	return max(min(n, im.Size()-off), 0)
 }
 
 // undo gives newly allocated clusters back after err.

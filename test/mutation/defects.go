@@ -492,6 +492,9 @@ var Defects = []Defect{
 	{"state-out-of-thin-air", "machine state that was never written reads as what happens to be there", vmState,
 		"	clear(p[n:])\n", ""},
 
+	{"state-copied-as-disk", "copying on write forgets the machine state beside what is written", writer,
+		"	if off >= im.VMStateOffset() {\n		return n\n	}\n", ""},
+
 	// Reads in place.
 	{"data-from-the-cluster", "a long read in place begins at the cluster's first byte", tryData,
 		"int64(run.Entry.HostOffset())+in)", "int64(run.Entry.HostOffset()))"},
