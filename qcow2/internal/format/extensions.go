@@ -24,10 +24,17 @@ const (
 	extensionHeadBytes = 8
 )
 
-// extensionArea walks the extensions between the header and the backing file name. b is the whole cluster.
+// extensionArea walks the extensions between the header and the backing file name. b is the cluster from its beginning; what it
+// lacks of it is zeroes.
 type extensionArea struct {
 	b        []byte
 	off, end uint64
+}
+
+// at returns n bytes of the cluster. Most headers end long before the cluster does: only what is looked at is made.
+func (a *extensionArea) at(off, n uint64) []byte {
+	have := a.b[min(off, uint64(len(a.b))):]
+	return zeroExtend(have, int(n))[:n]
 }
 
 // next returns the next extension; ok is false at the end of the area.
@@ -38,13 +45,14 @@ func (a *extensionArea) next() (kind uint32, data []byte, ok bool, err error) {
 	if a.end-a.off < extensionHeadBytes {
 		return 0, nil, false, headerErrorf("Header extension too large")
 	}
-	kind = binary.BigEndian.Uint32(a.b[a.off:])
-	n := uint64(binary.BigEndian.Uint32(a.b[a.off+4:]))
+	head := a.at(a.off, extensionHeadBytes)
+	kind = binary.BigEndian.Uint32(head)
+	n := uint64(binary.BigEndian.Uint32(head[4:]))
 	a.off += extensionHeadBytes
 	if n > a.end-a.off {
 		return 0, nil, false, headerErrorf("Header extension too large")
 	}
-	data = a.b[a.off : a.off+n]
+	data = a.at(a.off, n)
 	a.off += uint64(roundUp8(int64(n)))
 	return kind, data, kind != extEnd, nil
 }

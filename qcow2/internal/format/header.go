@@ -210,18 +210,16 @@ func ParseHeaderForCheck(b []byte) (*Header, error) {
 	if uint64(f.length) > clusterSize {
 		return nil, headerErrorf("qcow2 header exceeds cluster size")
 	}
-	b = zeroExtend(b, int(clusterSize))[:clusterSize]
+	ext := extensionArea{b: b[:min(uint64(len(b)), clusterSize)], off: uint64(f.length), end: clusterSize}
 	if f.length > HeaderLengthV3 {
-		h.UnknownFields = bytes.Clone(b[HeaderLengthV3:f.length])
+		h.UnknownFields = bytes.Clone(ext.at(HeaderLengthV3, uint64(f.length)-HeaderLengthV3))
 	}
 	if f.backingOffset > clusterSize {
 		return nil, headerErrorf("Invalid backing file offset")
 	}
-	extEnd := clusterSize
 	if f.backingOffset != 0 {
-		extEnd = f.backingOffset
+		ext.end = f.backingOffset
 	}
-	ext := extensionArea{b: b, off: uint64(f.length), end: extEnd}
 	if unknown := h.Incompat &^ IncompatKnown; unknown != 0 {
 		return nil, unsupportedFeatures(unknown, ext)
 	}
@@ -237,7 +235,7 @@ func ParseHeaderForCheck(b []byte) (*Header, error) {
 	if h.Autoclear&AutoclearRawData != 0 && h.Incompat&IncompatDataFile == 0 {
 		return nil, headerErrorf("data-file-raw requires a data file")
 	}
-	return h, h.parseBackingName(b, f)
+	return h, h.parseBackingName(ext, f)
 }
 
 // decodeFields decodes the header proper.
@@ -342,15 +340,15 @@ func (h *Header) validateTable(name string, off HostOff, size, limit uint64) err
 }
 
 // parseBackingName reads the backing file name, which follows the extensions.
-func (h *Header) parseBackingName(b []byte, f headerFields) error {
+func (h *Header) parseBackingName(a extensionArea, f headerFields) error {
 	if f.backingOffset == 0 {
 		return nil
 	}
-	room := uint64(len(b)) - f.backingOffset
+	room := uint64(1)<<h.ClusterBits - f.backingOffset
 	if uint64(f.backingSize) > min(MaxBackingName, room) {
 		return headerErrorf("Backing file name too long")
 	}
-	h.BackingFile = cString(b[f.backingOffset:][:f.backingSize])
+	h.BackingFile = cString(a.at(f.backingOffset, uint64(f.backingSize)))
 	return nil
 }
 

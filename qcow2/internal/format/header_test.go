@@ -552,6 +552,26 @@ func checkFixpointRapid(t *rapid.T, h *Header) {
 	}
 }
 
+// TestHeaderCutShort: what a file lacks of its first cluster counts as zeroes, wherever it ends.
+func TestHeaderCutShort(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		h := drawHeader(t)
+		b, err := h.Marshal()
+		if errors.Is(err, ErrHeaderSpace) {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		b = b[:rapid.IntRange(0, len(b)).Draw(t, "file size")]
+		short, shortErr := ParseHeader(b)
+		full, fullErr := ParseHeader(zeroExtend(b, 1<<h.ClusterBits))
+		if fmt.Sprint(shortErr) != fmt.Sprint(fullErr) || !cmp.Equal(short, full) {
+			t.Fatalf("%d bytes: %v, with zeroes behind them: %v\n%s", len(b), shortErr, fullErr, cmp.Diff(full, short))
+		}
+	})
+}
+
 // drawHeader draws a header that is valid in every field.
 func drawHeader(t *rapid.T) *Header {
 	cb := rapid.Uint32Range(MinClusterBits, MaxClusterBits).Draw(t, "cluster bits")

@@ -97,18 +97,8 @@ func (r ClusterRun) End() format.ClusterIdx { return r.First + format.ClusterIdx
 func newRefcounts(file storage.File, lay format.Layout, tableOff format.HostOff, tableClusters int64) (*Refcounts, error) {
 	rc := &Refcounts{file: file, lay: lay, tableOff: tableOff, tableClusters: tableClusters, known: make(map[int]*refBlock), keep: cleanBlocksKept,
 		guard: func(ClusterRun, Structure) error { return nil }, claim: func(Structure, ClusterRun) {}}
-	raw := make([]byte, tableClusters*lay.ClusterSize())
-	storage.Tell(file, storage.EventRefTableLoad)
-	if err := storage.ReadFull(file, raw, int64(tableOff)); err != nil {
-		return nil, fmt.Errorf("reading refcount table at host offset %#x: %w", tableOff, err)
-	}
-	rc.hosts = make([]format.HostOff, len(raw)/8)
-	for i := range rc.hosts {
-		e := format.RefTableEntry(be64(raw[i*8:]))
-		if e.Reserved() != 0 || !lay.Aligned(e.Offset()) || e.Offset() > 1<<63-1-format.HostOff(lay.ClusterSize()) {
-			return nil, corrupt("refcount table entry %d (%#x) is not a cluster offset", i, uint64(e))
-		}
-		rc.hosts[i] = e.Offset()
+	if err := rc.loadTable(tableClusters * lay.ClusterSize()); err != nil {
+		return nil, err
 	}
 	size, err := file.Size()
 	if err != nil {
@@ -119,6 +109,35 @@ func newRefcounts(file storage.File, lay format.Layout, tableOff format.HostOff,
 		rc.virgin = 1 << 62 // a block device holds old bytes everywhere
 	}
 	return rc, nil
+}
+
+// loadBytes is how much of the refcount table is read at once. It is small, and entries of 0 are not written down: most tables
+// are empty but for their beginning, and to touch memory costs more than to read.
+const loadBytes = 32 << 10
+
+// loadTable reads the refcount table, of so many bytes.
+func (rc *Refcounts) loadTable(size int64) error {
+	rc.hosts = make([]format.HostOff, size/8)
+	buf := make([]byte, min(size, loadBytes))
+	storage.Tell(rc.file, storage.EventRefTableLoad)
+	for done := int64(0); done < size; done += int64(len(buf)) {
+		part := buf[:min(int64(len(buf)), size-done)]
+		if err := storage.ReadFull(rc.file, part, int64(rc.tableOff)+done); err != nil {
+			return fmt.Errorf("reading refcount table at host offset %#x: %w", rc.tableOff, err)
+		}
+		for i := 0; i < len(part); i += 8 {
+			e := format.RefTableEntry(be64(part[i:]))
+			if e == 0 {
+				continue
+			}
+			num := (done + int64(i)) / 8
+			if e.Reserved() != 0 || !rc.lay.Aligned(e.Offset()) || e.Offset() > 1<<63-1-format.HostOff(rc.lay.ClusterSize()) {
+				return corrupt("refcount table entry %d (%#x) is not a cluster offset", num, uint64(e))
+			}
+			rc.hosts[num] = e.Offset()
+		}
+	}
+	return nil
 }
 
 func (rc *Refcounts) perBlock() format.ClusterIdx {
