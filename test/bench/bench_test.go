@@ -199,6 +199,34 @@ func TestForecast(t *testing.T) {
 	}
 }
 
+func TestCasesThatReadShareImages(t *testing.T) {
+	s := make(shelf)
+	image := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(image, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if s.has(image, diskFull) {
+		t.Error("an image that nobody has made is on the shelf")
+	}
+	s.add(image, diskFull)
+	if !s.has(image, diskFull) || s.has(image, diskZlib) {
+		t.Error("an image is for its own kind of disk")
+	}
+	s.spoil(image)
+	if s.has(image, diskFull) {
+		t.Error("an image that was written to is not as it was prepared")
+	}
+	s.clear()
+	if _, err := os.Stat(image); !os.IsNotExist(err) || len(s) != 0 {
+		t.Errorf("after all: %v, %v", err, s)
+	}
+	for _, w := range workloads() {
+		if w.writes() != strings.Contains(w.Name, "write") {
+			t.Errorf("%s writes: %v", w.Name, w.writes())
+		}
+	}
+}
+
 func TestCommandLinesOfEncryptedDisks(t *testing.T) {
 	s := serving{image: "i", socket: "s", secret: "k"}
 	for _, c := range allContenders("drover") {

@@ -28,10 +28,14 @@ func (d disk) making() time.Duration {
 func (cfg config) forecast() string {
 	var runs int
 	var whole time.Duration
-	for _, w := range cfg.cases {
+	var before workload
+	for i, w := range cfg.cases {
 		all, _ := w.takePart(cfg)
 		runs += len(all) * cfg.rounds
-		whole += time.Duration(len(all)) * w.Disk.making()
+		if i == 0 || before.Disk != w.Disk || before.writes() || w.entries != nil {
+			whole += time.Duration(len(all)) * w.Disk.making()
+		}
+		before = w
 	}
 	whole += time.Duration(runs) * (time.Duration(cfg.seconds*float64(time.Second)) + aroundRun)
 	return fmt.Sprintf("%d cases in %d rounds: %d runs of %g s, about %.0f minutes with what they need beside.",

@@ -4,7 +4,7 @@
 // What makes the figures comparable:
 //   - contenders alternate within each round, and ratios are taken between neighbours of one round (paired), so that
 //     what else the machine does hits all alike;
-//   - every contender has its own copy of the image, rewritten in 4 KiB steps before each case: page cache that was
+//   - every contender has its own copy of the image, made in 4 KiB steps, and anew after writes: page cache that was
 //     filled by large writes or by read-ahead makes small overwrites many times dearer on some kernels;
 //   - the copy is read once before each run, so that reads come from the page cache;
 //   - processor time is the server process's user and system time, from the kernel's accounting (for the plain file, fio's).
@@ -34,6 +34,7 @@ type config struct {
 	sizeMiB    int
 	dir        string
 	drover     string
+	shelf      shelf
 }
 
 // flags is the command line.
@@ -145,6 +146,8 @@ func (f flags) measure(ctx context.Context, cfg config) error {
 
 func (f flags) measureCases(ctx context.Context, cfg config) error {
 	fmt.Fprintln(os.Stderr, cfg.forecast())
+	cfg.shelf = make(shelf)
+	defer cfg.shelf.clear()
 	results, err := measure(ctx, cfg)
 	if err != nil {
 		return err

@@ -131,6 +131,9 @@ func (s *server) loaded(ctx context.Context, cfg config, w workload) (done sampl
 	return done, err
 }
 
+// writes reports whether the load changes the disk.
+func (w workload) writes() bool { return w.RW == "write" || w.RW == "randwrite" }
+
 func (w workload) size(cfg config) int64 {
 	if w.Size > 0 {
 		return w.Size
