@@ -46,7 +46,7 @@ func (h *harness) resizeStep() {
 	h.must(fmt.Sprintf("resize to %d (%d)", size, o.Preallocation), h.im.Resize(context.Background(), size, o))
 	model := make([]byte, size)
 	copy(model, h.model)
-	h.model = model
+	h.model, h.state = model, nil
 	if h.im.Size() != size {
 		h.t.Fatalf("%v: size %d after resizing to %d", h.v, h.im.Size(), size)
 	}

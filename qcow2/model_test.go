@@ -71,6 +71,7 @@ type harness struct {
 	base   []byte
 	im     *qcow2.Image
 	model  []byte
+	state  []byte // of a machine; see stateStep
 	snaps  []modelSnapshot
 	data   *storage.MemFile // nil when there is none
 }
@@ -210,10 +211,12 @@ func (h *harness) step() {
 		}
 	case op < 92:
 		h.must("flush", h.im.Flush(ctx))
-	case op < 97:
+	case op < 95:
 		h.checkExtents(off, n)
-	case op < 98:
+	case op < 96:
 		h.wholeStep()
+	case op < 98:
+		h.stateStep()
 	default:
 		h.reopen()
 	}

@@ -45,7 +45,7 @@ func (h *harness) snapshotStep() {
 			return
 		}
 		h.must("apply snapshot", err)
-		h.model = bytes.Clone(h.snaps[k].disk)
+		h.model, h.state = bytes.Clone(h.snaps[k].disk), nil
 	case op < 8:
 		h.must("delete snapshot", h.im.DeleteSnapshot(ctx, h.snaps[k].name))
 		h.snaps = append(h.snaps[:k], h.snaps[k+1:]...)
