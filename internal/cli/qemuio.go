@@ -117,28 +117,12 @@ func (q *qemuIO) set(id rune, value string) error {
 		q.commands = append(q.commands, value)
 	case 'f':
 		o.Format = value
-	case 'r':
-		o.ReadOnly = true
-	case 's':
-		o.Snapshot = true
-	case 'n':
-		o.Cache = "none"
-	case 'C':
-		o.CopyOnRead = true
-	case 'k':
-		o.AIO = "native"
-	case 'i':
-		o.AIO = value
-	case 't':
-		o.Cache = value
-	case 'd':
-		o.Discard = value
-	case 'U':
-		o.ForceShare = true
 	case ioObject:
 		q.objects.texts = append(q.objects.texts, value)
 	case ioImageOpts:
 		o.Described = true
+	default: // -m and -T are accepted without effect
+		o.Set(id, value)
 	}
 	return o.Check()
 }

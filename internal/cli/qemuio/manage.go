@@ -30,6 +30,33 @@ func (o *Opening) Check() error {
 	return errors.Join(check("cache", o.Cache, cacheModes), check("discard", o.Discard, discardModes), check("aio", o.AIO, aioModes))
 }
 
+// Set applies an option that the program and its command open share, by its letter; it reports whether the letter is one.
+func (o *Opening) Set(letter rune, value string) bool {
+	switch letter {
+	case 's':
+		o.Snapshot = true
+	case 'C':
+		o.CopyOnRead = true
+	case 'r':
+		o.ReadOnly = true
+	case 'U':
+		o.ForceShare = true
+	case 'n':
+		o.Cache = "none"
+	case 'k':
+		o.AIO = "native"
+	case 'i':
+		o.AIO = value
+	case 't':
+		o.Cache = value
+	case 'd':
+		o.Discard = value
+	default:
+		return false
+	}
+	return true
+}
+
 // Direct reports whether the host's page cache is to be bypassed.
 func (o *Opening) Direct() bool {
 	return o.Cache == "none" || o.Cache == "off" || o.Cache == "directsync"
@@ -39,26 +66,7 @@ func runOpen(s *Shell, ctx context.Context, c command, words []string) error {
 	o := Opening{Described: s.Described}
 	bad := false
 	f, ok := parseFlags(s.Err, words, "snCro:ki:t:d:U", func(letter rune, value string) bool {
-		switch letter {
-		case 's':
-			o.Snapshot = true
-		case 'C':
-			o.CopyOnRead = true
-		case 'r':
-			o.ReadOnly = true
-		case 'U':
-			o.ForceShare = true
-		case 'n':
-			o.Cache = "none"
-		case 'k':
-			o.AIO = "native"
-		case 'i':
-			o.AIO = value
-		case 't':
-			o.Cache = value
-		case 'd':
-			o.Discard = value
-		case 'o':
+		if !o.Set(letter, value) { // -o, the only one that is the command's alone
 			o.Options = append(o.Options, value)
 			bad = s.Described
 		}
