@@ -74,10 +74,18 @@ func statusOf(err error) int {
 	return http.StatusInternalServerError
 }
 
+// isServed refuses a disk whose image could not be opened.
+func (d *disk) isServed() error {
+	if d.dev == nil {
+		return conflictf("%q is not being served: %s", d.name, d.status.Error)
+	}
+	return nil
+}
+
 // image returns the QCOW2 image of the disk.
 func (d *disk) image() (*qcow2.Image, error) {
-	if d.dev == nil {
-		return nil, conflictf("%q is not being served: %s", d.name, d.status.Error)
+	if err := d.isServed(); err != nil {
+		return nil, err
 	}
 	im, ok := block.As[*qcow2.Image](d.dev)
 	if !ok {
@@ -226,12 +234,16 @@ func (d *disk) nameFree(im *qcow2.Image, name string) error {
 	return nil
 }
 
-// snapshot finds the snapshot that is meant: the one of that name, or the one of that ID. One whose name is another's ID is
-// told apart by neither.
-func (d *disk) snapshot(im *qcow2.Image, idOrName string) (qcow2.Snapshot, error) {
+// snapshot finds the snapshot that is meant and may be changed: the one of that name, or the one of that ID. One whose name is
+// another's ID is told apart by neither.
+func (d *disk) snapshot(idOrName string) (*qcow2.Image, qcow2.Snapshot, error) {
+	im, err := d.writable()
+	if err != nil {
+		return nil, qcow2.Snapshot{}, err
+	}
 	list, err := im.Snapshots()
 	if err != nil {
-		return qcow2.Snapshot{}, err
+		return nil, qcow2.Snapshot{}, err
 	}
 	var found []qcow2.Snapshot
 	for _, s := range list {
@@ -241,21 +253,17 @@ func (d *disk) snapshot(im *qcow2.Image, idOrName string) (qcow2.Snapshot, error
 	}
 	switch len(found) {
 	case 0:
-		return qcow2.Snapshot{}, refusef(http.StatusNotFound, "%q has no snapshot %q ('drover ctl snapshot list' shows those it has)",
+		return nil, qcow2.Snapshot{}, refusef(http.StatusNotFound, "%q has no snapshot %q ('drover ctl snapshot list' shows those it has)",
 			d.name, idOrName)
 	case 1:
-		return found[0], nil
+		return im, found[0], nil
 	}
-	return qcow2.Snapshot{}, conflictf("%q has %d snapshots that %q may mean: rename them with 'drover snapshot' when the image is not served",
-		d.name, len(found), idOrName)
+	return nil, qcow2.Snapshot{}, conflictf(
+		"%q has %d snapshots that %q may mean: rename them with 'drover snapshot' when the image is not served", d.name, len(found), idOrName)
 }
 
 func (d *disk) deleteSnapshot(ctx context.Context, idOrName string) error {
-	im, err := d.writable()
-	if err != nil {
-		return err
-	}
-	s, err := d.snapshot(im, idOrName)
+	im, s, err := d.snapshot(idOrName)
 	if err != nil {
 		return err
 	}
@@ -270,11 +278,7 @@ func (d *disk) renameSnapshot(ctx context.Context, idOrName string, r NameReques
 	if err := checkSnapshotName(r.Name); err != nil {
 		return err
 	}
-	im, err := d.writable()
-	if err != nil {
-		return err
-	}
-	s, err := d.snapshot(im, idOrName)
+	im, s, err := d.snapshot(idOrName)
 	if err != nil {
 		return err
 	}
@@ -288,11 +292,7 @@ func (d *disk) renameSnapshot(ctx context.Context, idOrName string, r NameReques
 }
 
 func (d *disk) applySnapshot(ctx context.Context, idOrName string) error {
-	im, err := d.writable()
-	if err != nil {
-		return err
-	}
-	s, err := d.snapshot(im, idOrName)
+	im, s, err := d.snapshot(idOrName)
 	if err != nil {
 		return err
 	}
@@ -306,8 +306,8 @@ var preallocations = map[string]qcow2.Preallocation{
 }
 
 func (d *disk) changeSize(ctx context.Context, r ResizeRequest) (ResizeReply, error) {
-	if d.dev == nil {
-		return ResizeReply{}, conflictf("%q is not being served: %s", d.name, d.status.Error)
+	if err := d.isServed(); err != nil {
+		return ResizeReply{}, err
 	}
 	old := d.dev.Size()
 	switch {
@@ -407,8 +407,8 @@ func (d *disk) changeBitmap(ctx context.Context, name string, a BitmapAction) er
 }
 
 func (d *disk) flush(ctx context.Context) error {
-	if d.dev == nil {
-		return conflictf("%q is not being served: %s", d.name, d.status.Error)
+	if err := d.isServed(); err != nil {
+		return err
 	}
 	return d.dev.Flush(ctx)
 }
