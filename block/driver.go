@@ -7,8 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sort"
-	"sync"
 
 	"github.com/droverproject/drover/storage"
 )
@@ -30,42 +28,15 @@ type Driver struct {
 	OpenDevice func(ctx context.Context, n *Node) (Device, error)
 }
 
-var drivers struct {
-	mu     sync.RWMutex
-	byName map[string]Driver
-}
+var drivers = registry[Driver]{kind: "driver"}
 
 // RegisterDriver makes a driver known, as RegisterFormat does a format.
-func RegisterDriver(d Driver) {
-	drivers.mu.Lock()
-	defer drivers.mu.Unlock()
-	if drivers.byName == nil {
-		drivers.byName = make(map[string]Driver)
-	}
-	if _, ok := drivers.byName[d.Name]; ok {
-		panic(fmt.Sprintf("block: driver %q is registered twice", d.Name))
-	}
-	drivers.byName[d.Name] = d
-}
+func RegisterDriver(d Driver) { drivers.register(d.Name, d) }
 
 // Drivers returns the names of the registered drivers in alphabetical order.
-func Drivers() []string {
-	drivers.mu.RLock()
-	defer drivers.mu.RUnlock()
-	names := make([]string, 0, len(drivers.byName))
-	for n := range drivers.byName {
-		names = append(names, n)
-	}
-	sort.Strings(names)
-	return names
-}
+func Drivers() []string { return drivers.names() }
 
-func lookupDriver(name string) (Driver, bool) {
-	drivers.mu.RLock()
-	defer drivers.mu.RUnlock()
-	d, ok := drivers.byName[name]
-	return d, ok
-}
+func lookupDriver(name string) (Driver, bool) { return drivers.lookup(name) }
 
 func driverByPrefix(prefix string) (Driver, bool) {
 	for _, name := range Drivers() {

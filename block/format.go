@@ -2,9 +2,6 @@ package block
 
 import (
 	"context"
-	"fmt"
-	"sort"
-	"sync"
 
 	"github.com/droverproject/drover/storage"
 )
@@ -52,33 +49,13 @@ type FormatOptions struct {
 	OnJournal func(JournalReport)
 }
 
-var formats struct {
-	mu     sync.RWMutex
-	byName map[string]Format
-}
+var formats = registry[Format]{kind: "format"}
 
 // RegisterFormat makes a format known to Open. A format's package calls it from its init function; registering a name
 // twice panics, since that is a mistake in the program.
-func RegisterFormat(f Format) {
-	formats.mu.Lock()
-	defer formats.mu.Unlock()
-	if formats.byName == nil {
-		formats.byName = make(map[string]Format)
-	}
-	if _, ok := formats.byName[f.Name]; ok {
-		panic(fmt.Sprintf("block: format %q is registered twice", f.Name))
-	}
-	formats.byName[f.Name] = f
-}
+func RegisterFormat(f Format) { formats.register(f.Name, f) }
 
 // Formats returns the names of the registered formats in alphabetical order.
-func Formats() []string {
-	formats.mu.RLock()
-	defer formats.mu.RUnlock()
-	names := make([]string, 0, len(formats.byName))
-	for n := range formats.byName {
-		names = append(names, n)
-	}
-	sort.Strings(names)
-	return names
-}
+func Formats() []string { return formats.names() }
+
+func lookupFormat(name string) (Format, bool) { return formats.lookup(name) }

@@ -132,13 +132,6 @@ func ProbeFile(file storage.File) (string, error) {
 
 func formatList() string { return strings.Join(Formats(), ", ") }
 
-func lookupFormat(name string) (Format, bool) {
-	formats.mu.RLock()
-	defer formats.mu.RUnlock()
-	f, ok := formats.byName[name]
-	return f, ok
-}
-
 // Open opens the image called name and, under o.Policy, the files that it refers to. With o.Node the name is for messages
 // only.
 func Open(ctx context.Context, name string, o OpenOptions) (Device, error) {
