@@ -187,6 +187,42 @@ func TestWhoTakesPart(t *testing.T) {
 	}
 }
 
+func TestCaseThatFailsLeavesTheOthers(t *testing.T) {
+	var order []string
+	entries := func(failing string) func(config, workload) ([]entry, string) {
+		one := func(name string) entry {
+			return entry{name: name, run: func(context.Context) (sample, error) {
+				order = append(order, name)
+				if name == failing {
+					return sample{}, errors.New("out of order")
+				}
+				return sample{OpsPerSecond: 5}, nil
+			}}
+		}
+		return func(config, workload) ([]entry, string) { return []entry{one("a"), one("b")}, "b" }
+	}
+	nobody := func(config, workload) ([]entry, string) { return nil, "b" }
+	cfg := config{rounds: 2, cases: []workload{
+		{Name: "bad", entries: entries("b")}, {Name: "none", entries: nobody}, {Name: "good", entries: entries("")},
+	}}
+	results, err := measure(t.Context(), cfg)
+	if err == nil || !strings.Contains(err.Error(), "bad: b: out of order") {
+		t.Errorf("error %v", err)
+	}
+	if len(results) != 1 || results[0].Case != "good" || len(results[0].Samples) != 4 {
+		t.Fatalf("results %+v", results)
+	}
+	// Who begins changes from round to round.
+	if diff := cmp.Diff([]string{"a", "b", "a", "b", "b", "a"}, order); diff != "" {
+		t.Error(diff)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if results, err := measure(ctx, cfg); len(results) != 0 || !errors.Is(err, context.Canceled) {
+		t.Errorf("interrupted: %+v, %v", results, err)
+	}
+}
+
 func TestForecast(t *testing.T) {
 	cases, err := selectCases("^4k-randread-qd1-x1$|^luks-4k-randread")
 	if err != nil {

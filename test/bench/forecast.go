@@ -41,3 +41,10 @@ func (cfg config) forecast() string {
 	return fmt.Sprintf("%d cases in %d rounds: %d runs of %g s, about %.0f minutes with what they need beside.",
 		len(cfg.cases), cfg.rounds, runs, cfg.seconds, math.Ceil(whole.Minutes()))
 }
+
+// forecastPoints is about how many minutes it takes to measure some points of series, of two servers each.
+func (cfg config) forecastPoints(points int) float64 {
+	const servers = 2
+	run := time.Duration(cfg.seconds*float64(time.Second)) + aroundRun
+	return math.Ceil((time.Duration(points*servers) * (time.Duration(cfg.rounds)*run + 2*makingImage)).Minutes())
+}

@@ -138,28 +138,26 @@ func (f flags) measure(ctx context.Context, cfg config) error {
 	default:
 		return f.measureCases(ctx, cfg)
 	}
-	if err != nil {
+	if report == "" {
 		return err
 	}
-	return f.write(report, samples)
+	return errors.Join(err, f.write(report, samples))
 }
 
 func (f flags) measureCases(ctx context.Context, cfg config) error {
 	fmt.Fprintln(os.Stderr, cfg.forecast())
+	before := machine()
 	cfg.shelf = make(shelf)
 	defer cfg.shelf.clear()
-	results, err := measure(ctx, cfg)
-	if err != nil {
-		return err
-	}
-	if err := f.write(markdownReport(cfg, results, machine()), results); err != nil {
-		return err
+	results, failed := measure(ctx, cfg)
+	if err := f.write(markdownReport(cfg, results, before), results); err != nil {
+		return errors.Join(failed, err)
 	}
 	here := condition{Processors: runtime.NumCPU(), Peer: version("qemu-nbd"), Base: cfg.contenders[len(cfg.contenders)-1].name}
 	if f.record {
-		return recordFloors(f.floors, here, results)
+		return errors.Join(failed, recordFloors(f.floors, here, results))
 	}
-	return checkFloors(os.Stderr, f.floors, here, results)
+	return errors.Join(failed, checkFloors(os.Stderr, f.floors, here, results))
 }
 
 // write prints the report, and writes the files that were asked for.
@@ -197,18 +195,25 @@ func selectCases(expr string) ([]workload, error) {
 	return selected, nil
 }
 
+// measure runs all cases. One that fails does not take the others with it: what was measured is returned with the error.
 func measure(ctx context.Context, cfg config) ([]result, error) {
 	var results []result
+	var errs []error
 	for _, w := range cfg.cases {
+		if ctx.Err() != nil {
+			return results, errors.Join(append(errs, ctx.Err())...)
+		}
 		res, err := measureCase(ctx, cfg, w)
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", w.Name, err)
+			errs = append(errs, fmt.Errorf("%s: %w", w.Name, err))
+			fmt.Fprintf(os.Stderr, "FAILED: %v\n", errs[len(errs)-1])
+			continue
 		}
 		if res != nil {
 			results = append(results, *res)
 		}
 	}
-	return results, nil
+	return results, errors.Join(errs...)
 }
 
 // measureCase runs all rounds of a case. It returns nil where nobody can take part.
@@ -265,6 +270,10 @@ func machine() string {
 	}
 	if data, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
 		parts = append(parts, "Linux "+strings.TrimSpace(string(data)))
+	}
+	if data, err := os.ReadFile("/proc/loadavg"); err == nil {
+		average, _, _ := strings.Cut(string(data), " ")
+		parts = append(parts, "load average "+average)
 	}
 	for _, peer := range []string{"qemu-nbd", "nbdkit", "fio"} {
 		if v := version(peer); v != "" {

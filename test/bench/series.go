@@ -210,14 +210,21 @@ func plotSeries(ctx context.Context, cfg config, expr, folder string) (string, a
 	}
 	var report strings.Builder
 	fmt.Fprintf(&report, "Machine: %s.\n\nMedians of %d rounds of %g s, alternating.\n", machine(), cfg.rounds, cfg.seconds)
-	var all []seriesFigures
+	var chosen []series
+	points := 0
 	for _, s := range allSeries() {
-		if !re.MatchString(s.name) {
-			continue
+		if re.MatchString(s.name) {
+			chosen, points = append(chosen, s), points+len(s.values)
 		}
+	}
+	fmt.Fprintf(os.Stderr, "%d series: about %.0f minutes.\n", len(chosen), cfg.forecastPoints(points))
+	var all []seriesFigures
+	var errs []error
+	for _, s := range chosen {
 		lines, err := s.measure(ctx, cfg)
-		if err != nil {
-			return "", nil, fmt.Errorf("%s: %w", s.name, err)
+		if err != nil { // the other series are measured all the same
+			errs = append(errs, fmt.Errorf("%s: %w", s.name, err))
+			continue
 		}
 		all = append(all, seriesFigures{s.name, s.values, lines})
 		s.table(&report, lines)
@@ -226,10 +233,10 @@ func plotSeries(ctx context.Context, cfg config, expr, folder string) (string, a
 			return "", nil, err
 		}
 	}
-	if len(all) == 0 {
+	if len(chosen) == 0 {
 		return "", nil, fmt.Errorf("-cases: no series matches %q", expr)
 	}
-	return report.String(), all, nil
+	return report.String(), all, errors.Join(errs...)
 }
 
 // table writes the figures behind a picture.

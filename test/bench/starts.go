@@ -27,6 +27,7 @@ func measureStarts(ctx context.Context, cfg config) (string, any, error) {
 	if err != nil {
 		return "", nil, err
 	}
+	before := machine()
 	var figures []startFigures
 	for _, im := range []struct{ name, size string }{{"1 GiB", "1G"}, {"1 TiB", "1T"}, {"2 PiB", "2P"}} {
 		image := filepath.Join(cfg.dir, "start.qcow2")
@@ -49,12 +50,12 @@ func measureStarts(ctx context.Context, cfg config) (string, any, error) {
 			return "", nil, err
 		}
 	}
-	return startReport(cfg, figures), figures, nil
+	return startReport(cfg, before, figures), figures, nil
 }
 
-func startReport(cfg config, all []startFigures) string {
+func startReport(cfg config, machine string, all []startFigures) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "Machine: %s.\n\n%d starts of each, alternating; medians (lowest to highest).\n\n", machine(), cfg.rounds)
+	fmt.Fprintf(&b, "Machine: %s.\n\n%d starts of each, alternating; medians (lowest to highest).\n\n", machine, cfg.rounds)
 	fmt.Fprintln(&b, "| empty disk | server | first byte, ms | idle MiB |")
 	fmt.Fprintln(&b, "| --- | --- | ---: | ---: |")
 	for _, f := range all {
