@@ -309,10 +309,10 @@ func (l *layer) hostFile(driver string, n Options, u usage, grant *Grant) (stora
 	if grant == nil {
 		grant = &Grant{Path: name}
 	}
-	file, err := openStorage(*grant, u.readOnly, u.direct)
+	file, err := openStorage(*grant, storage.OpenOptions{ReadOnly: u.readOnly, Direct: u.direct, WriteBehind: l.o.WriteBehind})
 	if err != nil && u.autoReadOnly && !u.readOnly && errors.Is(err, fs.ErrPermission) {
 		u.readOnly = true
-		file, err = openStorage(*grant, true, u.direct)
+		file, err = openStorage(*grant, storage.OpenOptions{ReadOnly: true, Direct: u.direct})
 	}
 	if err != nil {
 		return nil, &FileError{Name: name, Err: err}

@@ -34,6 +34,9 @@ type OpenOptions struct {
 	ForceShare bool // bear other users who write; needs ReadOnly
 	NoLock     bool // take no locks at all
 	Direct     bool // bypass the page cache
+	// WriteBehind sends what is written on its way to the disk before a Flush asks for it: for whoever writes a whole disk and
+	// flushes at the end.
+	WriteBehind bool
 
 	NoBacking bool     // open the image alone; what it does not hold itself reads as zeroes
 	Backing   *Backing // in place of the backing file that the image names
@@ -492,8 +495,7 @@ func (l *layer) follow(ctx context.Context, from *layer, name, format string) er
 }
 
 // openStorage opens what a policy granted. Whatever is neither a regular file nor a block device is refused there.
-func openStorage(g Grant, readOnly, direct bool) (storage.File, error) {
-	o := storage.OpenOptions{ReadOnly: readOnly, Direct: direct}
+func openStorage(g Grant, o storage.OpenOptions) (storage.File, error) {
 	if g.Root != "" {
 		return openBeneath(g, o)
 	}

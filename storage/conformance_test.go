@@ -30,6 +30,10 @@ func TestOSFileDirect(t *testing.T) {
 	storagetest.Run(t, func(t *testing.T) storage.File { return createTemp(t, storage.OpenOptions{Direct: true}) })
 }
 
+func TestOSFileWriteBehind(t *testing.T) {
+	storagetest.Run(t, func(t *testing.T) storage.File { return createTemp(t, storage.OpenOptions{WriteBehind: true}) })
+}
+
 func TestMemFile(t *testing.T) {
 	storagetest.Run(t, func(t *testing.T) storage.File { return storage.NewMemFile("mem") })
 }

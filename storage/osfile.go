@@ -19,6 +19,9 @@ type OpenOptions struct {
 	// Direct bypasses the page cache (O_DIRECT). Any offset, length and buffer may still be used; what is not aligned
 	// to Info.Align goes through a bounce buffer. ErrNotSupported where the platform or the file system cannot.
 	Direct bool
+	// WriteBehind has the host begin to write to the disk what it was given while more is written, so that a Sync at the end
+	// waits for little. What is durable when does not change. Hosts that cannot do that ignore it.
+	WriteBehind bool
 	// NoLock makes Lock do nothing (QEMU's locking=off).
 	NoLock bool
 	// Exclusive makes CreateFile refuse a file that is there already.

@@ -20,6 +20,7 @@ type OSFile struct {
 	device   bool
 	direct   *directIO // nil for a buffered file
 	locks    lockState
+	behind   *writeBehind // nil: the host decides when it writes
 
 	closed   atomic.Bool
 	noNowait atomic.Bool // the kernel or the file system does not know RWF_NOWAIT
@@ -159,6 +160,9 @@ func (f *OSFile) setUp(o OpenOptions) error {
 		return err
 	}
 	f.device = st.Mode&unix.S_IFMT == unix.S_IFBLK
+	if o.WriteBehind && !o.ReadOnly && !o.Direct {
+		f.behind = new(writeBehind)
+	}
 	if o.Direct {
 		f.direct = newDirectIO(f.fd, f.device)
 		if f.direct == nil {
@@ -300,6 +304,7 @@ func (f *OSFile) WriteVAt(bufs [][]byte, off int64) (int, error) {
 
 func (f *OSFile) writeDone(n int, off int64, err error) (int, error) {
 	if err == nil {
+		f.behind.wrote(f.fd, n)
 		return n, nil
 	}
 	return n, opError("writing", f.name, off+int64(n), err)

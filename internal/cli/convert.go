@@ -375,7 +375,7 @@ func (c *conversion) openTarget(ctx context.Context) (block.Device, error) {
 	}
 	c.written = target
 	o := target.openOptions()
-	o.ReadOnly, o.DataFile = false, c.creator.dataPath
+	o.ReadOnly, o.DataFile, o.WriteBehind = false, c.creator.dataPath, true
 	o.OnRepair = c.tellRepair
 	if c.backing != "" {
 		o.Backing = &block.Backing{Name: block.ResolveName(c.target, c.backing), Format: c.backingFormat}

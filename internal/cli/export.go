@@ -167,7 +167,7 @@ func readManifest(name string) (m *image.Manifest, err error) {
 
 // write makes the backup and its manifest, both new files. What was begun and failed is removed.
 func (x *exporting) write(export func(storage.File) (*image.Manifest, error)) (m *image.Manifest, err error) {
-	file, err := storage.CreateFile(x.target, storage.OpenOptions{Exclusive: true})
+	file, err := storage.CreateFile(x.target, storage.OpenOptions{Exclusive: true, WriteBehind: true})
 	if err != nil {
 		return nil, err
 	}
