@@ -11,18 +11,60 @@ import (
 // wholeStep makes one of the changes that concern the whole image.
 func (h *harness) wholeStep() {
 	h.t.Helper()
-	switch h.r.IntN(6) {
+	switch h.r.IntN(9) {
 	case 0, 1:
 		h.resizeStep()
 	case 2:
 		h.backingStep()
 	case 3:
 		h.amendStep()
+	case 4:
+		h.compactStep()
+	case 5:
+		h.emptyStep()
+	case 6:
+		h.hideStep()
 	default:
 		if h.data == nil { // with an external data file there are no snapshots
 			h.snapshotStep()
 		}
 	}
+}
+
+// compactStep moves what the image holds to the front of its file.
+func (h *harness) compactStep() {
+	h.t.Helper()
+	_, err := h.im.Compact(context.Background(), qcow2.CompactOptions{Step: h.v.create.ClusterSize << h.r.IntN(6), DryRun: h.r.IntN(4) == 0})
+	if h.data != nil && errors.Is(err, qcow2.ErrDataFile) {
+		return
+	}
+	h.must("compact", err)
+}
+
+// emptyStep makes the image read as what it stands on.
+func (h *harness) emptyStep() {
+	h.t.Helper()
+	err := h.im.Empty(context.Background())
+	if h.v.create.DataFileRaw && errors.Is(err, qcow2.ErrDataFile) {
+		return
+	}
+	h.must("empty", err)
+	clear(h.model)
+	copy(h.model, h.base)
+	h.state = nil
+}
+
+// hideStep makes whole clusters zero whatever the image stands on.
+func (h *harness) hideStep() {
+	h.t.Helper()
+	unit, size := h.v.create.ClusterSize, int64(len(h.model))
+	from := h.r.Int64N(size/unit+1) * unit
+	to := min(from+unit*h.r.Int64N(20), size)
+	if from >= to {
+		return
+	}
+	h.must("hide", h.im.Hide(context.Background(), from, to-from))
+	clear(h.model[from:to])
 }
 
 func (h *harness) resizeStep() {

@@ -204,6 +204,9 @@ func (im *Image) Hide(ctx context.Context, off, n int64) error {
 	var z zeroing
 	plain := false
 	err := im.change(ctx, span{off, n}, func() error {
+		if im.raw() { // nothing is below, and what the mapping says must be true of the data file by itself
+			return im.zeroRaw(ctx, span{off, n}, false, false)
+		}
 		head, body, tail := im.splitUnits(off, n)
 		if head.n != 0 || tail.n != 0 {
 			return invalid("%d bytes at guest offset %#x are not whole units of allocation", n, off)

@@ -502,6 +502,8 @@ var Defects = []Defect{
 		"		default:\n			err = block.ErrWouldBlock\n", "		default:\n			clear(p[:n])\n"},
 
 	// Work over whole images.
+	{"hidden-not-in-data-file", "zeroes that an image is to hold itself are not in its raw data file", zero,
+		"			return im.zeroRaw(ctx, span{off, n}, false, false)\n", "			return nil\n"},
 	{"emptied-before-durable", "an image is emptied before its backing file holds what was committed", commit,
 		"	if err := c.base.Flush(ctx); err != nil {\n", "	if err := ctx.Err(); err != nil {\n"},
 	{"commit-forgets-zeroes", "zeroes of an image are not committed", commit,

@@ -173,6 +173,11 @@ func (c *client) step() error {
 		}
 		return c.write(q, func(p []byte) error { return c.im.TryWriteAt(p, off) })
 	case k < 81:
+		if c.r.IntN(6) == 0 && c.wholeClusters(sector, n) {
+			q.name, q.act = "hide", actSet
+			// As with compressed writes, a resize may have moved the end of the disk.
+			return c.note(q, func(*request) error { return c.im.Hide(ctx, off, length) }, qcow2.ErrInvalidOption)
+		}
 		flags := block.ZeroFlags(c.r.IntN(4)) // ZeroUnmap, ZeroFast
 		q.name, q.act = fmt.Sprint("zero, flags ", flags), actSet
 		return c.note(q, func(*request) error { return c.im.WriteZeroes(ctx, off, length, flags) }, block.ErrNoFastZero)
