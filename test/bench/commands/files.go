@@ -20,6 +20,9 @@ const (
 	mib      = 1 << 20
 )
 
+// fileBytes is how many bytes of files there are.
+var fileBytes int64 = 1400 * mib
+
 // fileScenarios run each command with the best flags that qemu-img has for it.
 func fileScenarios() []scenario {
 	best := []string{"-m", "16", "-W"}
@@ -33,6 +36,7 @@ func fileScenarios() []scenario {
 		both("convert raw to qcow2", "files.raw", convert("-f", "raw", "-O", "qcow2", "IMAGE", "OUT")...),
 		both("convert to zlib", "files.qcow2", convert("-f", "qcow2", "-O", "qcow2", "-c", "IMAGE", "OUT")...),
 		both("convert to zstd", "files.qcow2", convert("-f", "qcow2", "-O", "qcow2", "-c", "-o", "compression_type=zstd", "IMAGE", "OUT")...),
+		both("convert zstd to raw", "zstd.qcow2", convert("-f", "qcow2", "-O", "raw", "IMAGE", "OUT")...),
 		both("convert zlib to raw", "zlib.qcow2", convert("-f", "qcow2", "-O", "raw", "IMAGE", "OUT")...),
 	}
 	for i := range list {
@@ -61,6 +65,9 @@ func fileMakers() map[string]func(path string) error {
 		"zlib.qcow2": from("files.raw", func(path, raw string) error {
 			return command("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-m", "16", raw, path)
 		}),
+		"zstd.qcow2": from("files.raw", func(path, raw string) error {
+			return command("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-c", "-o", "compression_type=zstd", "-m", "16", raw, path)
+		}),
 		"overlay.qcow2": from("files.qcow2", func(path, _ string) error {
 			if err := command("qemu-img", "create", "-q", "-f", "qcow2", "-b", "files.qcow2", "-F", "qcow2", path); err != nil {
 				return err
@@ -74,6 +81,7 @@ func fileMakers() map[string]func(path string) error {
 			return changeSome(path, 10)
 		}),
 		"scattered.qcow2": makeScattered,
+		"empty.qcow2":     func(path string) error { return command("qemu-img", "create", "-q", "-f", "qcow2", path, "1G") },
 	}
 }
 
@@ -106,9 +114,8 @@ func made(path string) error {
 	return nil
 }
 
-// makeFiles fills a raw disk with 1.4 GB of /usr.
+// makeFiles fills a raw disk with files of /usr.
 func makeFiles(path string) error {
-	const data = 1400 << 20
 	f, err := os.Create(path)
 	if err != nil {
 		return err
@@ -122,7 +129,7 @@ func makeFiles(path string) error {
 	if err := tar.Start(); err != nil {
 		return err
 	}
-	_, err = io.CopyN(f, out, data)
+	_, err = io.CopyN(f, out, fileBytes)
 	_ = out.Close() // tar need not write the rest
 	_ = tar.Wait()
 	if err != nil && !errors.Is(err, io.EOF) {
@@ -139,7 +146,7 @@ func changeSome(path string, n int64) error {
 		return err
 	}
 	buf := make([]byte, mib)
-	for off := int64(0); off < 1400*mib && err == nil; off += n * mib {
+	for off := int64(0); off < fileBytes && err == nil; off += n * mib {
 		if err = dev.ReadAt(ctx, buf, off); err == nil {
 			for i := 0; i < len(buf); i += 512 {
 				buf[i] ^= 0x55

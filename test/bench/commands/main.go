@@ -3,7 +3,8 @@
 // as median and range.
 //
 // The images are copied sparsely and synced before each run, so that both find the same page cache and nothing of the
-// copying is still on its way to the disk.
+// copying is still on its way to the disk. A command that makes a file is measured until the file is on the disk: drover's is
+// when the command ends, and qemu-img's is synced then.
 package main
 
 import (
@@ -52,6 +53,10 @@ func scenarios() []scenario {
 		{Name: "check -r leaks, 1M leaks", Image: "big-leaks", Args: []string{"check", "-q", "-r", "leaks", "IMAGE"}},
 		{Name: "check -r all, 1M counts of 0", Image: "big-uncounted", Args: []string{"check", "-q", "-r", "all", "IMAGE"}},
 	}
+	for _, args := range [][]string{{"info", "IMAGE"}, {"check", "IMAGE"}, {"map", "IMAGE"}, {"measure", "-O", "qcow2", "IMAGE"}} {
+		list = append(list, scenario{Name: args[0] + ", 1 GiB, empty", Image: "empty.qcow2", Args: args, ReadOnly: true})
+	}
+	list = append(list, scenario{Name: "create, 1 GiB", Image: "empty.qcow2", Args: []string{"create", "-q", "-f", "qcow2", "OUT", "1G"}, ReadOnly: true})
 	return append(list, fileScenarios()...)
 }
 
@@ -65,8 +70,10 @@ func run() error {
 	only := flag.String("cases", ".", "regular expression of the cases to run")
 	rounds := flag.Int("rounds", 7, "rounds for each case")
 	keep := flag.String("dir", "", "make the images in this folder, and keep them; those that are there are used again")
+	files := flag.Int64("files", 1400, "MiB of real files; with -dir, of those that are made anew")
 	out := flag.String("markdown", "", "write the table to this file too")
 	flag.Parse()
+	fileBytes = *files * mib
 	re, err := regexp.Compile(*only)
 	if err != nil {
 		return fmt.Errorf("-cases: %w", err)
@@ -126,9 +133,17 @@ func measure(dir, drover string, c scenario, rounds int) (string, error) {
 	wall := func(s sample) float64 { return s.wall }
 	cpu := func(s sample) float64 { return s.cpu }
 	rss := func(s sample) float64 { return s.rss }
-	return fmt.Sprintf("| %s | %.3f s | %.3f s | %s | %.3f s | %.3f s | %s | %.0f MiB | %.0f MiB |", c.Name, median(got[0], wall),
-		median(got[1], wall), ratios(got, wall), median(got[0], cpu), median(got[1], cpu), ratios(got, cpu), median(got[0], rss),
-		median(got[1], rss)), nil
+	return fmt.Sprintf("| %s | %s | %s | %s | %s | %s | %s | %.0f MiB | %.0f MiB |", c.Name, duration(median(got[0], wall)),
+		duration(median(got[1], wall)), ratios(got, wall), duration(median(got[0], cpu)), duration(median(got[1], cpu)), ratios(got, cpu),
+		median(got[0], rss), median(got[1], rss)), nil
+}
+
+// duration writes seconds.
+func duration(s float64) string {
+	if s < 0.1 {
+		return fmt.Sprintf("%.1f ms", 1000*s)
+	}
+	return fmt.Sprintf("%.2f s", s)
 }
 
 // once runs the command on a fresh copy, or on the master that it only reads.
@@ -166,7 +181,11 @@ func once(dir, tool string, stock bool, c scenario) (sample, error) {
 	cmd.Stderr = &said
 	began := time.Now()
 	err := cmd.Run()
-	wall := time.Since(began)
+	syncing := ownCPU()
+	if err == nil && slices.Contains(c.Args, "OUT") {
+		err = syncFile(names["OUT"])
+	}
+	wall, synced := time.Since(began), ownCPU()-syncing
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		return sample{}, err
@@ -174,9 +193,17 @@ func once(dir, tool string, stock bool, c scenario) (sample, error) {
 	if code := cmd.ProcessState.ExitCode(); code != c.Code {
 		return sample{}, fmt.Errorf("%s %s: exit code %d, want %d: %s", tool, strings.Join(args, " "), code, c.Code, said.String())
 	}
-	s := sample{wall: wall.Seconds(), cpu: (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()).Seconds()}
+	s := sample{wall: wall.Seconds(), cpu: (cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime() + synced).Seconds()}
 	s.rss = peakMemory(cmd.ProcessState)
 	return s, nil
+}
+
+func syncFile(name string) error {
+	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 func median(s []sample, of func(sample) float64) float64 {
