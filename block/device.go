@@ -20,6 +20,8 @@ var (
 	ErrNoFastZero = errors.New("zeroing this range is not faster than writing it")
 	// ErrWouldBlock is returned by the TryDevice methods when the answer needs waiting.
 	ErrWouldBlock = errors.New("operation would block")
+	// ErrAllZero is returned by TryReadDataAt for a range that reads as zeroes.
+	ErrAllZero = errors.New("range reads as zeroes")
 	// ErrNoCompression is wrapped by WriteCompressed when what is to be written cannot be stored compressed.
 	ErrNoCompression = errors.New("compressed data cannot be stored here")
 	// ErrClosed is returned by every method of a device after Close.
@@ -99,8 +101,9 @@ type OverwriteDevice interface {
 // DataDevice is implemented by a TryDevice that tells data from zeroes, for servers that need not send zeroes.
 type DataDevice interface {
 	TryDevice
-	// TryReadDataAt is TryReadAt of a range of which nothing is known to read as zeroes; otherwise ErrWouldBlock. Reads that
-	// take much computing, which several processors could share, are refused as well.
+	// TryReadDataAt is TryReadAt of a range of which nothing is known to read as zeroes. Where all of it is, it returns
+	// ErrAllZero and leaves p alone; what is mixed, or takes much computing, which several processors could share, is refused
+	// with ErrWouldBlock.
 	TryReadDataAt(p []byte, off int64) error
 }
 

@@ -218,9 +218,15 @@ func (r *Raw) TryReadDataAt(p []byte, off int64) error {
 	if err := r.enter(off, int64(len(p))); err != nil {
 		return err
 	}
-	end, data, _, err := r.status(r.o.Offset + off)
+	end, data, zero, err := r.status(r.o.Offset + off)
 	r.gate.leave()
-	if err != nil || !data || end < r.o.Offset+off+int64(len(p)) {
+	if err != nil || end < r.o.Offset+off+int64(len(p)) {
+		return ErrWouldBlock
+	}
+	if zero {
+		return ErrAllZero
+	}
+	if !data {
 		return ErrWouldBlock
 	}
 	// A hole that is made meanwhile is read as zeroes, which it is.

@@ -312,14 +312,20 @@ func (c *conn) readBulk(r *request) bool {
 	default:
 		err = block.ErrWouldBlock
 	}
-	if err != nil { // a worker meets it, too, if it is an error
-		c.srv.buffers.put(r.buf)
-		r.buf = nil
-		c.cold = coldReads
-		return false
+	if err == nil {
+		c.readDone(r)
+		return true
 	}
-	c.readDone(r)
-	return true
+	c.srv.buffers.put(r.buf)
+	r.buf = nil
+	if errors.Is(err, block.ErrAllZero) {
+		c.bytesRead.Add(r.length)
+		r.heads = appendHole(r.heads[:0], c.mode, r.header, chunkDone, r.off, uint32(r.length))
+		r.vecs = append(r.vecs, r.heads)
+		return true
+	}
+	c.cold = coldReads
+	return false // a worker meets it, too, if it is an error
 }
 
 // readDone makes the reply of a read whose bytes are in r.buf.

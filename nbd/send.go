@@ -90,8 +90,12 @@ func (c *conn) sendQueue() {
 }
 
 // progress is what a client has to take of its replies, or send of a large payload, within Options.StallTimeout: so a slow
-// one is told from one that stands still. No more than this is handed to the socket at a time.
-const progress = 1 << 20
+// one is told from one that stands still. No more than this is handed to the socket at a time, give or take the headers of a
+// long reply: a few bytes left over would be a send of their own.
+const (
+	progress  = 1 << 20
+	someHeads = 4 << 10
+)
 
 // write sends p. Only the goroutine that set busy may call it.
 func (c *conn) write(p []byte) {
@@ -137,7 +141,7 @@ func (c *conn) armWrite() error {
 // writeAll sends the replies of a batch with as few vectored writes as its length allows. Only the goroutine that set
 // busy may call it.
 func (c *conn) writeAll(batch []*request) {
-	if len(batch) == 1 && len(batch[0].vecs) == 1 && len(batch[0].vecs[0]) <= progress {
+	if len(batch) == 1 && len(batch[0].vecs) == 1 && len(batch[0].vecs[0]) <= progress+someHeads {
 		c.write(batch[0].vecs[0])
 		return
 	}
@@ -165,7 +169,7 @@ func (c *conn) writeAll(batch []*request) {
 func (c *conn) progresss(vecs net.Buffers) (net.Buffers, error) {
 	first, n := 0, 0
 	for i := 0; i < len(vecs); i++ {
-		if cut := progress - n; len(vecs[i]) > cut {
+		if cut := progress - n; len(vecs[i]) > cut+someHeads {
 			vecs = slices.Insert(vecs, i+1, vecs[i][cut:])
 			vecs[i] = vecs[i][:cut]
 		}

@@ -270,8 +270,14 @@ func TestLongRequestsInPlace(t *testing.T) {
 				t.Error("after reads that had to wait, reads of what is at hand are not tried again")
 			}
 
+			waited.Store(0)
+			r := do(t, c, nbdtest.Request{Cmd: nbdtest.Read, Off: 4 << 20, Length: long}, 0)
+			if m != simple && r.Holes != 1 || !bytes.Equal(r.Data, make([]byte, long)) {
+				t.Errorf("a read of nothing: %d holes sent, want 1", r.Holes)
+			}
+			expect("a read of nothing", 0)
 			do(t, c, nbdtest.Request{Cmd: nbdtest.WriteZeroes, Off: 4096, Length: 65536}, 0)
-			r := do(t, c, nbdtest.Request{Cmd: nbdtest.Read, Length: long}, 0)
+			r = do(t, c, nbdtest.Request{Cmd: nbdtest.Read, Length: long}, 0)
 			if m != simple && r.Holes != 1 || !bytes.Equal(r.Data, dev.Bytes(0, long)) {
 				t.Errorf("a read with a hole: %d holes sent, want 1", r.Holes)
 			}

@@ -231,11 +231,13 @@ func (im *Image) openData(o Options) error {
 		return nil
 	}
 	im.data = o.DataFile
+	stat := im.data.Stat()
+	im.inFile = stat.Name
 	size, err := im.data.Size()
 	if err != nil {
 		return fmt.Errorf("size of external data file: %w", err)
 	}
-	if im.data.Stat().Device {
+	if stat.Device {
 		size = math.MaxInt64 // it holds old bytes everywhere
 	}
 	im.dataEnd.end.Store(size)

@@ -75,16 +75,16 @@ func (im *Image) kindExtents(ctx context.Context, off, n, in int64, e format.L2E
 	x := block.Extent{Off: off, Len: n, Allocated: true}
 	switch kind {
 	case format.SubReserved: // what the layers below do not decide are zeroes that have a place on the host
-		rest := block.Extent{Zero: true, HasHost: true, Host: int64(e.HostOffset()) + in - off, File: im.data.Stat().Name}
+		rest := block.Extent{Zero: true, HasHost: true, Host: int64(e.HostOffset()) + in - off, File: im.inFile}
 		return im.backingExtents(ctx, off, n, rest, fn)
 	case format.SubUnallocated:
 		return im.backingExtents(ctx, off, n, block.Extent{Zero: true}, fn)
 	case format.SubNormal:
-		x.Data, x.HasHost, x.Host, x.File = true, true, int64(e.HostOffset())+in, im.data.Stat().Name
+		x.Data, x.HasHost, x.Host, x.File = true, true, int64(e.HostOffset())+in, im.inFile
 	case format.SubCompressed:
 		x.Data, x.Compressed = true, true
 	case format.SubZeroAlloc:
-		x.Zero, x.HasHost, x.Host, x.File = true, true, int64(e.HostOffset())+in, im.data.Stat().Name
+		x.Zero, x.HasHost, x.Host, x.File = true, true, int64(e.HostOffset())+in, im.inFile
 	default:
 		x.Zero = true
 	}

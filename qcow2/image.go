@@ -99,6 +99,7 @@ type Image struct {
 	name    string
 	file    storage.File
 	data    storage.File // where guest clusters lie: file, or the external data file
+	inFile  string       // its name; asking the file for it is a system call
 	nowait  storage.NowaitReader
 	dataEnd highWater // of an external data file
 	packed  sync.Pool // *[]byte, one cluster long
@@ -256,8 +257,9 @@ func newImage(file storage.File, hdr *format.Header, o Options) *Image {
 	im.opts.Encrypt = nil // no secret is kept
 	im.size.Store(hdr.DiskSize())
 	im.incompat = hdr.Incompat
+	im.inFile = file.Stat().Name
 	if im.name == "" {
-		im.name = file.Stat().Name
+		im.name = im.inFile
 	}
 	im.nowait, _ = im.data.(storage.NowaitReader)
 	cs := int(im.lay.ClusterSize())

@@ -203,7 +203,7 @@ func (h *harness) step() {
 			if bufs := h.cut(got); h.im.TryReadVAt(bufs, off) != nil {
 				h.must("read in pieces", h.im.ReadVAt(ctx, bufs, off))
 			}
-		} else if (op%2 == 0 || h.im.TryReadDataAt(got, off) != nil) && h.im.TryReadAt(got, off) != nil {
+		} else if (op%2 == 0 || tryReadData(h.im, got, off) != nil) && h.im.TryReadAt(got, off) != nil {
 			h.must("read", h.im.ReadAt(ctx, got, off))
 		}
 		if !bytes.Equal(got, m) {
@@ -220,6 +220,16 @@ func (h *harness) step() {
 	default:
 		h.reopen()
 	}
+}
+
+// tryReadData is TryReadDataAt that fills p with zeroes where there is nothing else.
+func tryReadData(im *qcow2.Image, p []byte, off int64) error {
+	err := im.TryReadDataAt(p, off)
+	if errors.Is(err, block.ErrAllZero) {
+		clear(p)
+		return nil
+	}
+	return err
 }
 
 // cut cuts p into pieces, of whole sectors most times.

@@ -9,7 +9,8 @@ import (
 // processors can share it.
 const maxTryCrypt = 64 << 10
 
-// TryReadDataAt is TryReadAt of a range whose clusters all hold data, here or below; otherwise block.ErrWouldBlock.
+// TryReadDataAt is TryReadAt of a range whose clusters all hold data, here or below. If all are known to be zero it returns
+// block.ErrAllZero, otherwise block.ErrWouldBlock.
 func (im *Image) TryReadDataAt(p []byte, off int64) error {
 	t, ok := im.tryEnter()
 	if !ok {
@@ -21,6 +22,9 @@ func (im *Image) TryReadDataAt(p []byte, off int64) error {
 	}
 	if err := block.CheckRange(off, int64(len(p)), im.Size()); err != nil {
 		return err
+	}
+	if im.tryZero(off, int64(len(p))) {
+		return block.ErrAllZero
 	}
 	for len(p) > 0 {
 		run, in, err := im.lookup(off, int64(len(p)), false)
@@ -42,6 +46,22 @@ func (im *Image) TryReadDataAt(p []byte, off int64) error {
 		p, off = p[n:], off+int64(n)
 	}
 	return nil
+}
+
+// tryZero reports whether a range is zero as far as the mapping tells that is in memory.
+func (im *Image) tryZero(off, n int64) bool {
+	for n > 0 {
+		run, in, err := im.lookup(off, n, false)
+		if err != nil {
+			return false
+		}
+		part := min(n, run.N<<im.lay.ClusterBits-in)
+		if im.zeroPrefix(run, off, in, part) < part {
+			return false
+		}
+		off, n = off+part, n-part
+	}
+	return true
 }
 
 func (im *Image) tryReadDataBelow(p []byte, off int64) error {

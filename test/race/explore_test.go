@@ -149,7 +149,7 @@ func (c *client) step() error {
 		return c.read(q, func(p []byte) error { return c.im.TryReadAt(p, off) })
 	case k < 38:
 		q.name, q.act = "try read data", actRead
-		return c.read(q, func(p []byte) error { return c.im.TryReadDataAt(p, off) })
+		return c.read(q, func(p []byte) error { return tryReadData(c.im, p, off) })
 	case k < 43 && !c.hasData() && c.wholeClusters(sector, n):
 		q.name = "write compressed"
 		// A resize may have moved the end of the disk, which alone may cut a cluster.
@@ -254,6 +254,16 @@ func (q *request) decode(p []byte, tornIsFine bool) error {
 		q.got[i] = v
 	}
 	return nil
+}
+
+// tryReadData is TryReadDataAt that fills p with zeroes where there is nothing else.
+func tryReadData(im *qcow2.Image, p []byte, off int64) error {
+	err := im.TryReadDataAt(p, off)
+	if errors.Is(err, block.ErrAllZero) {
+		clear(p)
+		return nil
+	}
+	return err
 }
 
 func (c *client) write(q request, call func(p []byte) error, skip ...error) error {

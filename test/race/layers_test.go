@@ -90,7 +90,7 @@ func (l *layered) read(rng *rand.Rand) error {
 	case 0:
 		err = l.top.TryReadAt(p, off)
 	case 1:
-		err = l.top.TryReadDataAt(p, off)
+		err = tryReadData(l.top, p, off)
 	}
 	if errors.Is(err, block.ErrWouldBlock) {
 		err = l.top.ReadAt(context.Background(), p, off)

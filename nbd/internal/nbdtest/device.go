@@ -186,16 +186,28 @@ func (d *Device) TryReadAt(p []byte, off int64) error {
 
 // TryReadDataAt implements block.DataDevice.
 func (d *Device) TryReadDataAt(p []byte, off int64) error {
-	d.mu.RLock()
-	end := min(off+int64(len(p)), d.Size())
-	for g := off / Grain; g*Grain < end; g++ {
-		if !d.alloc[g] {
-			d.mu.RUnlock()
-			return block.ErrWouldBlock
+	switch data, zero := d.grains(off, min(off+int64(len(p)), d.Size())); {
+	case data && zero:
+		return block.ErrWouldBlock
+	case zero:
+		if d.TryErr != nil {
+			if err := d.TryErr(false, off, int64(len(p))); err != nil {
+				return err
+			}
 		}
+		return block.ErrAllZero
 	}
-	d.mu.RUnlock()
 	return d.TryReadAt(p, off)
+}
+
+// grains reports which kinds of grains there are in [off, end).
+func (d *Device) grains(off, end int64) (data, zero bool) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	for g := off / Grain; g*Grain < end; g++ {
+		data, zero = data || d.alloc[g], zero || !d.alloc[g]
+	}
+	return data, zero
 }
 
 // TryWriteAt implements block.TryDevice.
