@@ -304,7 +304,8 @@ func (m *Manager) open(ctx context.Context, d Device, handler Handler, config st
 		case errors.Is(err, ErrRing):
 			m.log.Error("no longer serving", "device", d.Name, "error", err)
 		default: // the device goes, or we do
-			m.log.Debug("end of service", "device", d.Name, "reason", err)
+			m.log.Debug("end of service", "device", d.Name, "reason", err, "done at once", server.atOnce, "by workers", server.handedOn,
+				"wake-ups", server.woken)
 		}
 		s.ended <- err
 	})

@@ -37,9 +37,16 @@ func alignedMem(n int) []byte {
 }
 
 func newKernel(ringSize uint32, data int) *kernel {
+	return kernelIn(alignedMem(dataPlace(ringSize)+data), ringSize)
+}
+
+// dataPlace is where the data area begins.
+func dataPlace(ringSize uint32) int { return (mailboxSize + int(ringSize) + 4095) &^ 4095 }
+
+// kernelIn makes a ring in memory that is zero.
+func kernelIn(mem []byte, ringSize uint32) *kernel {
 	const ringOff = mailboxSize
-	dataOff := (ringOff + int(ringSize) + 4095) &^ 4095
-	k := &kernel{mem: alignedMem(dataOff + data), ringOff: ringOff, ringSize: ringSize, dataOff: dataOff,
+	k := &kernel{mem: mem, ringOff: ringOff, ringSize: ringSize, dataOff: dataPlace(ringSize),
 		toUs: make(chan struct{}, 1), toKernel: make(chan struct{}, 1), closed: make(chan struct{})}
 	ne := binary.NativeEndian
 	ne.PutUint16(k.mem[offVersion:], mailboxVersion)

@@ -30,6 +30,9 @@ type Server struct {
 	failed  atomic.Pointer[error]
 	todo    chan *Command
 	running sync.WaitGroup
+
+	// What Serve did so far: commands done at once, commands given to a worker, and how often it was woken.
+	atOnce, handedOn, woken uint64
 }
 
 // NewServer makes a server. Nothing runs before Serve.
@@ -57,18 +60,23 @@ func (s *Server) Serve(ctx context.Context) error {
 		if err := s.bell.Wait(); err != nil {
 			return err
 		}
+		s.woken++
 		if err := s.failed.Load(); err != nil {
 			return *err
 		}
 	}
 }
 
+// tellAfter is how many bytes are moved for commands before the kernel is told of those that are done, though there are more:
+// an initiator goes on meanwhile.
+const tellAfter = 2 << 20
+
 // drain takes every entry there is. What can be answered from memory is answered here, and the kernel is told once for
-// all of it.
+// all of it, or for so much of it.
 func (s *Server) drain() error {
-	answered := false
+	moved := 0
 	defer func() {
-		if answered {
+		if moved > 0 {
 			s.tell()
 		}
 	}()
@@ -83,27 +91,37 @@ func (s *Server) drain() error {
 			}
 			continue // a notice: aborted commands are completed like all others
 		}
-		if r, ok := s.unit.TryExecute(c.CDB, c.Data); ok {
-			if err := s.ring.Complete(c.ID, result(c, r)); err != nil {
-				return err
-			}
-			s.ring.Release(c)
-			answered = true
+		r, ok := s.unit.TryExecute(c.CDB, c.Data)
+		if !ok {
+			s.handedOn++
+			s.todo <- c
 			continue
 		}
-		s.todo <- c
+		s.atOnce++
+		moved += 1 + c.Data.Len()
+		if err := s.ring.Complete(c.ID, result(c, r)); err != nil {
+			return err
+		}
+		s.ring.Release(c)
+		if moved >= tellAfter {
+			s.tell()
+			moved = 0
+		}
 	}
 }
 
 // complete ends a command from a worker.
 func (s *Server) complete(c *Command, r scsi.Reply) {
 	if err := s.ring.Complete(c.ID, result(c, r)); err != nil {
-		s.failed.CompareAndSwap(nil, &err)
+		s.fail(err)
 		return
 	}
 	s.ring.Release(c)
 	s.tell()
 }
+
+// fail has Serve end with err, unless something has failed before.
+func (s *Server) fail(err error) { s.failed.CompareAndSwap(nil, &err) }
 
 // tell has the kernel look at completions. One goroutine at a time does so, for all that complete meanwhile: whoever finds it
 // at work leaves, and it looks again before and after it lets go.
@@ -115,7 +133,7 @@ func (s *Server) tell() {
 		}
 		for s.pending.Swap(false) {
 			if err := s.bell.Ring(); err != nil {
-				s.failed.CompareAndSwap(nil, &err)
+				s.fail(err)
 			}
 		}
 		s.telling.Unlock()

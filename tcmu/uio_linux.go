@@ -1,7 +1,6 @@
 package tcmu
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -71,13 +70,10 @@ func parseName(minor int, name string) (Device, error) {
 	return Device{Minor: minor, HBA: parts[0], Name: parts[1], Config: parts[2]}, nil
 }
 
-// uio is an open device: its memory and its doorbell. It is waited on by a thread, not by the runtime's poller: the kernel
-// wakes that thread and nobody else, where the poller would wake a second one to look for more work, for each command.
+// uio is an open device: its memory and its doorbell.
 type uio struct {
-	fd   int
-	name string
-	end  int // an eventfd that ends Wait
-	mem  []byte
+	*bell
+	mem []byte
 }
 
 // openUIO opens /dev/uioN, which only one process can do at a time, and maps its memory.
@@ -96,11 +92,11 @@ func openUIO(minor int) (*uio, error) {
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("mapping %d bytes of %s: %w", size, name, err)
 	}
-	end, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
+	b, err := newBell(name, fd, fd)
 	if err != nil {
-		return nil, fmt.Errorf("making an eventfd: %w", errors.Join(err, unix.Munmap(mem), unix.Close(fd)))
+		return nil, errors.Join(err, unix.Munmap(mem), unix.Close(fd))
 	}
-	return &uio{fd: fd, name: name, end: end, mem: mem}, nil
+	return &uio{bell: b, mem: mem}, nil
 }
 
 func readUint(path string) (uint64, error) {
@@ -111,55 +107,7 @@ func readUint(path string) (uint64, error) {
 	return strconv.ParseUint(strings.TrimSpace(string(raw)), 0, 63)
 }
 
-// Wait returns when the kernel has counted another event, or the device is gone, or stop was called.
-func (u *uio) Wait() error {
-	fds := []unix.PollFd{{Fd: int32(u.fd), Events: unix.POLLIN}, {Fd: int32(u.end), Events: unix.POLLIN}}
-	for {
-		_, err := unix.Poll(fds, -1)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("waiting for commands: %w", err)
-		}
-		if fds[1].Revents != 0 {
-			return fmt.Errorf("waiting for commands: %w", os.ErrClosed)
-		}
-		var count [4]byte
-		_, err = unix.Read(u.fd, count[:])
-		switch {
-		case err == nil:
-			return nil
-		case !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR):
-			return fmt.Errorf("waiting for commands: reading %s: %w", u.name, err)
-		}
-	}
-}
-
-// Ring has the kernel look at completions.
-func (u *uio) Ring() error {
-	var any [4]byte
-	for {
-		_, err := unix.Write(u.fd, any[:])
-		if err == nil {
-			return nil
-		}
-		if !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("telling the kernel of completions: writing %s: %w", u.name, err)
-		}
-	}
-}
-
-// stop ends Wait, now and for ever.
-func (u *uio) stop() error {
-	one := binary.NativeEndian.AppendUint64(nil, 1)
-	if _, err := unix.Write(u.end, one); err != nil {
-		return fmt.Errorf("stopping %s: %w", u.name, err)
-	}
-	return nil
-}
-
 // release closes the device and unmaps its memory. Nothing uses them any more.
 func (u *uio) release() error {
-	return errors.Join(unix.Munmap(u.mem), unix.Close(u.fd), unix.Close(u.end))
+	return errors.Join(u.close(), unix.Munmap(u.mem), unix.Close(u.in))
 }
