@@ -38,11 +38,11 @@ func (l *regionLocks) lock(off, n int64, alone bool) func() {
 	}
 }
 
-// tryShare is lock for a writer, if it need not wait.
-func (l *regionLocks) tryShare(off, n int64) (unlock func(), ok bool) {
+// tryShare is lock for a writer, if it need not wait and one lock is all. nil: it would have to wait.
+func (l *regionLocks) tryShare(off, n int64) *sync.RWMutex {
 	first, last := off>>regionShift, (off+max(n, 1)-1)>>regionShift
 	if first != last || !l[first%regions].TryRLock() {
-		return nil, false
+		return nil
 	}
-	return l[first%regions].RUnlock, true
+	return &l[first%regions]
 }

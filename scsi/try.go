@@ -41,11 +41,11 @@ func (u *Unit) TryExecute(cdb []byte, data Buffer) (Reply, bool) {
 	if err != nil || u.writeProtected() || !u.modeIs(modeWriteCache) {
 		return Reply{}, false
 	}
-	unlock, ok := u.locks.tryShare(off, n)
-	if !ok {
+	region := u.locks.tryShare(off, n)
+	if region == nil {
 		return Reply{}, false
 	}
-	defer unlock()
+	defer region.RUnlock()
 	if u.unavailable() != nil { // since it was looked at first: see change
 		return Reply{}, false
 	}
