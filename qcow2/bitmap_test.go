@@ -114,7 +114,11 @@ func (h *bitmapHarness) change() {
 	default:
 		p := content(h.r, int(n))
 		copy(h.model[off:], p)
-		if h.im.TryWriteAt(p, off) != nil {
+		if h.r.IntN(2) == 0 {
+			if bufs := blocktest.Cut(h.r, p, 8, true); h.im.TryWriteVAt(bufs, off) != nil {
+				h.must("write in pieces", h.im.WriteVAt(ctx, bufs, off, 0))
+			}
+		} else if h.im.TryWriteAt(p, off) != nil {
 			h.must("write", h.im.WriteAt(ctx, p, off, 0))
 		}
 	}

@@ -31,6 +31,7 @@ const (
 	judge     = "qcow2/corrupt.go"
 	writelog  = "qcow2/internal/meta/writelog.go"
 	writer    = "qcow2/write.go"
+	vectors   = "qcow2/vector.go"
 	hostio    = "qcow2/hostio.go"
 	datafile  = "qcow2/datafile.go"
 	compress  = "qcow2/compress.go"
@@ -517,4 +518,16 @@ var Defects = []Defect{
 		"		return 0, a.undo(err)\n", "		return 0, err\n"},
 	{"rebase-skips-zeroes", "a rebase does not look where the old backing file reads as zeroes", rebase,
 		"		return rebaseOldZero, end, nil\n", "		return rebaseSkip, end, nil\n"},
+
+	// Requests in pieces.
+	{"pieces-written-again", "of a write in pieces to several places of the host each gets the first bytes", vectors,
+		"im.overwriteV(c.Next(at.n), at.n, off, at.host)", "im.overwriteV(c.Peek(at.n), at.n, off, at.host)"},
+	{"pieces-partly-in-place", "a write in pieces takes a cluster for written of which a part is not this image's alone", vectors,
+		"		if im.inPlacePrefix(run, in, k) != k {", "		if im.inPlacePrefix(run, in, k) == 0 {"},
+	{"pieces-not-marked", "a write in pieces is not recorded in dirty bitmaps", vectors,
+		"	case places != nil:\n		im.mark(span{off, n})\n", "	case places != nil:\n"},
+	{"pieces-on-what-may-be-lost", "a write in pieces is acknowledged that builds on a change neither recorded nor durable", vectors,
+		"	if err != nil || !im.bm.ready() || im.outstanding() {", "	if err != nil || !im.bm.ready() {"},
+	{"pieces-unguarded", "a write in pieces does not look whether it is for the image's own metadata", vectors,
+		"		if err := im.meta.Guard(format.HostOff(host), n); err != nil {", "		if err := im.meta.Guard(format.HostOff(host), 0); err != nil {"},
 }
