@@ -213,6 +213,35 @@ type snapshotDisk struct {
 	image block.Device
 }
 
+// ReadVAt implements block.VectorDevice.
+func (s *snapshotDisk) ReadVAt(ctx context.Context, bufs [][]byte, off int64) error {
+	return block.ReadV(ctx, s.Device, bufs, off)
+}
+
+// WriteVAt implements block.VectorDevice: a snapshot is only read.
+func (s *snapshotDisk) WriteVAt(context.Context, [][]byte, int64, block.WriteFlags) error {
+	return block.ErrReadOnly
+}
+
+// TryReadAt implements block.TryDevice.
+func (s *snapshotDisk) TryReadAt(p []byte, off int64) error {
+	if dev, ok := s.Device.(block.TryDevice); ok {
+		return dev.TryReadAt(p, off)
+	}
+	return block.ErrWouldBlock
+}
+
+// TryReadVAt implements block.TryVectorDevice.
+func (s *snapshotDisk) TryReadVAt(bufs [][]byte, off int64) error {
+	return block.TryReadV(s.Device, bufs, off)
+}
+
+// TryWriteAt implements block.TryDevice: a snapshot is only read.
+func (s *snapshotDisk) TryWriteAt([]byte, int64) error { return block.ErrReadOnly }
+
+// TryWriteVAt implements block.TryVectorDevice: a snapshot is only read.
+func (s *snapshotDisk) TryWriteVAt([][]byte, int64) error { return block.ErrReadOnly }
+
 // Close closes the snapshot first.
 func (s *snapshotDisk) Close() error { return errors.Join(s.Device.Close(), s.image.Close()) }
 

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/droverproject/drover/block"
+	"github.com/droverproject/drover/block/blocktest"
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 )
@@ -106,6 +107,7 @@ func TestTCMUHandler(t *testing.T) {
 	if err := h.Resize(ctx, snap, 4<<20); !errors.Is(err, syscall.EOPNOTSUPP) {
 		t.Errorf("resizing a snapshot: %v", err)
 	}
+	blocktest.RunReadOnly(t, snap, make([]byte, 1<<20))
 	if err := snap.Close(); err != nil {
 		t.Fatal(err)
 	}

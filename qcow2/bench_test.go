@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/storage"
 )
@@ -87,5 +88,39 @@ func BenchmarkAllocatingWrite4K(b *testing.B) {
 		if err := im.WriteAt(context.Background(), p, r.Int64N(1<<30/4096)*4096, 0); err != nil {
 			b.Fatal(err)
 		}
+	}
+}
+
+// pagesOf cuts memory into pages that do not touch, as a transport's are.
+func pagesOf(n int) [][]byte {
+	memory := make([]byte, 2*n)
+	pages := make([][]byte, n/4096)
+	for i := range pages {
+		pages[i] = memory[i*8192:][:4096]
+	}
+	return pages
+}
+
+func BenchmarkTryPieces1M(b *testing.B) {
+	im := benchImage(b, 256<<20, 256<<20)
+	pages := pagesOf(1 << 20)
+	r := rand.New(rand.NewPCG(1, 2))
+	for name, call := range map[string]func([][]byte, int64) error{
+		"read": im.TryReadVAt, "overwrite": im.TryWriteVAt,
+		"read-one-by-one": func(bufs [][]byte, off int64) error {
+			return block.ReadPieces(bufs, off, func(p []byte, off int64) error { return im.TryReadAt(p, off) })
+		},
+		"overwrite-one-by-one": func(bufs [][]byte, off int64) error {
+			return block.WritePieces(bufs, off, func(p []byte, off int64) error { return im.TryWriteAt(p, off) })
+		},
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := call(pages, r.Int64N(255)<<20+r.Int64N(256)*4096); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }

@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/droverproject/drover/block"
-	"github.com/droverproject/drover/qcow2"
 	"github.com/droverproject/drover/scsi"
 	"github.com/droverproject/drover/storage"
 	"golang.org/x/sys/unix"
@@ -41,7 +40,7 @@ var loads = []load{
 	{"read-1m-q8", false, 1 << 20, 1, 8}, {"read-1m-q8-pieces", false, 1 << 20, 256, 8}, {"write-1m-q8-pieces", true, 1 << 20, 256, 8},
 }
 
-// BenchmarkServe runs commands from another process through a ring, the command set and an image in the page cache, with the
+// BenchmarkServe runs commands from another process through a ring, the command set and a raw disk in the page cache, with the
 // doorbells that a uio device has. The time of the processor is this side's alone.
 func BenchmarkServe(b *testing.B) {
 	for _, l := range loads {
@@ -122,15 +121,10 @@ func sharedRing(b *testing.B) ([]byte, *os.File) {
 }
 
 func benchUnit(b *testing.B) *scsi.Unit {
-	path := filepath.Join(b.TempDir(), "disk.qcow2")
-	f, err := storage.CreateFile(path, storage.OpenOptions{})
+	f, err := storage.CreateFile(filepath.Join(b.TempDir(), "disk.raw"), storage.OpenOptions{})
 	must(b, err)
-	must(b, qcow2.Create(b.Context(), f, qcow2.CreateOptions{Size: benchDisk}))
-	must(b, f.Close())
-	dir, err := os.MkdirTemp("/dev/shm", "drover-bench-")
-	must(b, err)
-	b.Cleanup(func() { _ = os.RemoveAll(dir) })
-	im, err := block.Open(b.Context(), path, block.OpenOptions{Format: "qcow2", Keep: &block.Keep{Dir: dir}})
+	must(b, f.Truncate(benchDisk))
+	im, err := block.NewRaw(f, block.RawOptions{})
 	must(b, err)
 	b.Cleanup(func() { _ = im.Close() })
 	// In pieces of 4 KiB: where the page cache has larger ones, writing a part of one costs many times as much.

@@ -2,6 +2,7 @@ package tcmu
 
 import (
 	"context"
+	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -40,6 +41,11 @@ func NewServer(ring *Ring, unit *scsi.Unit, bell Doorbell) *Server {
 	return &Server{ring: ring, unit: unit, bell: bell, todo: make(chan *Command, workers)}
 }
 
+// restEvery is after how many wake-ups Serve passes through the scheduler. A goroutine that does not for 10 ms counts as one that keeps
+// others from running: the runtime's monitor takes its processor away in the next system call, and then looks every 20
+// microseconds for a while.
+const restEvery = 128
+
 // Serve runs commands until the doorbell fails or the ring breaks, waits for those that run, and returns why.
 func (s *Server) Serve(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
@@ -60,7 +66,9 @@ func (s *Server) Serve(ctx context.Context) error {
 		if err := s.bell.Wait(); err != nil {
 			return err
 		}
-		s.woken++
+		if s.woken++; s.woken%restEvery == 0 {
+			runtime.Gosched()
+		}
 		if err := s.failed.Load(); err != nil {
 			return *err
 		}

@@ -91,6 +91,7 @@ func RunReadOnly(t *testing.T, dev block.Device, want []byte) {
 		t.Errorf("Flush: %v", err)
 	}
 	expect(t, dev, 0, want)
+	expectPieces(t, dev, want)
 }
 
 func open(t *testing.T, newDevice Make) block.Device {

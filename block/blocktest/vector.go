@@ -93,6 +93,26 @@ func equal(a, b []int) bool {
 	return len(a) == len(b)
 }
 
+// expectPieces reads a device from its beginning on in pieces, waiting and not.
+func expectPieces(t *testing.T, dev block.Device, want []byte) {
+	t.Helper()
+	read, _ := vectorCalls(dev)
+	r := rand.New(rand.NewPCG(7, 8))
+	for name, call := range map[string]func([][]byte, int64) error{
+		"read": read,
+		"try":  func(bufs [][]byte, off int64) error { return block.TryReadV(dev, bufs, off) },
+	} {
+		got := bytes.Repeat([]byte{0x99}, len(want))
+		err := call(Cut(r, got, 8, true), 0)
+		if name == "try" && errors.Is(err, block.ErrWouldBlock) {
+			continue
+		}
+		if at := firstDifference(got, want); err != nil || at >= 0 {
+			t.Errorf("%s in pieces: %v; offset %d differs", name, err, at)
+		}
+	}
+}
+
 // testVectorRanges asks for what is not there, of which nothing may be written, and for nothing.
 func testVectorRanges(t *testing.T, dev block.Device) {
 	read, writeV := vectorCalls(dev)
