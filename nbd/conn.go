@@ -290,6 +290,7 @@ func (c *conn) got(n int) error {
 			r := c.load
 			c.load = nil
 			c.begin(r)
+			c.sendBatch()
 		}
 		return nil
 	case c.skip > 0:

@@ -287,13 +287,12 @@ func (c *conn) begin(r *request) {
 		c.makeRoom()
 	}
 	if r.length <= bulkMax && (r.cmd == CmdRead && c.readBulk(r) || r.cmd == CmdWrite && c.writeBulk(r)) {
-		c.send(r)
 		return
 	}
 	c.dispatch(r)
 }
 
-// readBulk fills the reply of a long read if the device has the bytes at hand and none of them needs no sending.
+// readBulk answers a long read if the device has the bytes at hand, and either all are to be sent or none.
 func (c *conn) readBulk(r *request) bool {
 	if c.cold > 0 {
 		c.cold--
@@ -312,18 +311,19 @@ func (c *conn) readBulk(r *request) bool {
 	default:
 		err = block.ErrWouldBlock
 	}
-	if err == nil {
+	switch {
+	case err == nil:
 		c.readDone(r)
+		c.send(r)
+		return true
+	case errors.Is(err, block.ErrAllZero):
+		c.bytesRead.Add(r.length)
+		c.commit(appendHole(c.reserve(maxChunkHead), c.mode, r.header, chunkDone, r.off, uint32(r.length)))
+		c.finish(r)
 		return true
 	}
 	c.srv.buffers.put(r.buf)
 	r.buf = nil
-	if errors.Is(err, block.ErrAllZero) {
-		c.bytesRead.Add(r.length)
-		r.heads = appendHole(r.heads[:0], c.mode, r.header, chunkDone, r.off, uint32(r.length))
-		r.vecs = append(r.vecs, r.heads)
-		return true
-	}
 	c.cold = coldReads
 	return false // a worker meets it, too, if it is an error
 }
@@ -341,7 +341,8 @@ func (c *conn) writeBulk(r *request) bool {
 		return false // a worker meets an error, too
 	}
 	c.bytesWritten.Add(r.length)
-	c.succeed(r)
+	c.commit(appendSuccess(c.reserve(maxChunkHead), c.mode, r.header))
+	c.finish(r)
 	return true
 }
 

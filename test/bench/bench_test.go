@@ -178,7 +178,7 @@ func TestWhoTakesPart(t *testing.T) {
 			}
 			names[e.name] = true
 		}
-		if raw := w.Disk == diskFull || w.Disk == diskFresh || w.Disk == diskScattered || w.Disk == diskEmpty; w.entries == nil && names["file"] != raw {
+		if raw := w.Disk == diskFull || w.Disk == diskFresh || w.Disk == diskScattered || w.Disk == diskEmpty || w.Disk == diskCold; w.entries == nil && names["file"] != raw {
 			t.Errorf("%s: the raw file takes part: %v", w.Name, names["file"])
 		}
 		if w.entries == nil && (!names["drover"] || base != cfg.contenders[len(cfg.contenders)-1].name) {

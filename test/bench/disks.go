@@ -33,6 +33,8 @@ const (
 	diskHuge
 	// diskLUKS is diskFull, encrypted.
 	diskLUKS
+	// diskCold is diskFull with nothing of it in the page cache.
+	diskCold
 )
 
 const (
@@ -81,7 +83,7 @@ func (d disk) serving(cfg config, c contender) serving {
 func (d disk) prepare(ctx context.Context, cfg config, c contender) error {
 	image := c.image(cfg.dir)
 	switch d {
-	case diskFull:
+	case diskFull, diskCold:
 		return prepareFull(ctx, cfg, c)
 	case diskScattered:
 		return prepareScattered(ctx, image, c.format)
@@ -107,8 +109,11 @@ func createEmpty(ctx context.Context, image, format string, size int64) error {
 
 // beforeRun brings the image to where each run begins.
 func (d disk) beforeRun(ctx context.Context, cfg config, c contender) error {
-	if d == diskFresh {
+	switch d {
+	case diskFresh:
 		return createEmpty(ctx, c.image(cfg.dir), c.format, freshSize)
+	case diskCold:
+		return chill(c.image(cfg.dir))
 	}
 	return warm(c.image(cfg.dir))
 }

@@ -13,6 +13,8 @@ func allocated(string) (int64, error) { return 0, errLinuxOnly }
 
 func warm(string) error { return errLinuxOnly }
 
+func chill(string) error { return errLinuxOnly }
+
 func processTime(int) (time.Duration, error) { return 0, errLinuxOnly }
 
 func processors() ([]int, error) { return nil, errLinuxOnly }

@@ -52,6 +52,8 @@ func workloads() []workload {
 		workload{Name: "zlib-4k-read-qd1-x1", RW: "read", Block: "4k", Depth: 1, Conns: 1, Disk: diskZlib},
 		workload{Name: "zlib-4k-read-qd16-x1", RW: "read", Block: "4k", Depth: 16, Conns: 1, Disk: diskZlib},
 		workload{Name: "zlib-1m-read-qd8-x1", RW: "read", Block: "1m", Depth: 8, Conns: 1, Disk: diskZlib, entries: withCodecAlone},
+		// Some tens of MiB of a larger disk, so that little is read twice.
+		workload{Name: "cold-4k-randread-qd64-x1", RW: "randread", Block: "4k", Depth: 64, Conns: 1, Disk: diskCold, Ops: 12000},
 		workload{Name: "empty-1m-read-qd8-x1", RW: "read", Block: "1m", Depth: 8, Conns: 1, Disk: diskEmpty},
 		workload{Name: "small-4k-randwrite-qd16-x1", RW: "randwrite", Block: "4k", Depth: 16, Conns: 1, Disk: diskSmall, Size: writtenPart},
 		workload{Name: "2p-4k-randwrite-qd16-x1", RW: "randwrite", Block: "4k", Depth: 16, Conns: 1, Disk: diskHuge, Size: writtenPart})
