@@ -218,9 +218,9 @@ func TestLongRequestsInPlace(t *testing.T) {
 				}
 				return nil
 			}
-			cold := false
+			var cold atomic.Bool
 			dev.TryErr = func(write bool, off, n int64) error {
-				if cold {
+				if cold.Load() {
 					return block.ErrWouldBlock
 				}
 				return nil
@@ -251,7 +251,7 @@ func TestLongRequestsInPlace(t *testing.T) {
 			read()
 			expect("a read", 0)
 
-			cold = true
+			cold.Store(true)
 			do(t, c, nbdtest.Request{Cmd: nbdtest.Write, Data: data}, 0)
 			expect("a write that has to wait", 1)
 			tries := dev.Tries.Load()
@@ -262,7 +262,7 @@ func TestLongRequestsInPlace(t *testing.T) {
 			if got := dev.Tries.Load() - tries; got != 1 {
 				t.Errorf("10 reads of what is not at hand were tried %d times, want 1", got)
 			}
-			cold = false
+			cold.Store(false)
 			for range 20 {
 				read()
 			}
