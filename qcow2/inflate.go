@@ -80,26 +80,17 @@ func (im *Image) inflateAll(work []inflation, cached bool) error {
 // inflate unpacks one cluster: into the cache if that is asked for or only a part of it is wanted, else to where it is wanted.
 func (im *Image) inflate(w inflation, cached bool) error {
 	if !cached && int64(len(w.p)) == im.lay.ClusterSize() {
-		if data, ok := im.clusters.peek(w.entry); ok {
-			copy(w.p, data)
+		if im.clusters.peek(w.entry, w.p, 0) {
 			return nil
 		}
 		return im.decompress(w.entry, w.p)
 	}
-	data, err := im.decompressed(w.entry)
-	if err != nil {
-		return err
-	}
-	copy(w.p, data[w.in:])
-	return nil
+	return im.decompressed(w.entry, w.p, w.in)
 }
 
-// decompressed returns the content of a compressed cluster from the cache. It must not be changed.
-func (im *Image) decompressed(e format.L2Entry) ([]byte, error) {
-	return im.clusters.get(e, func() ([]byte, error) {
-		dst := make([]byte, im.lay.ClusterSize())
-		return dst, im.decompress(e, dst)
-	})
+// decompressed reads what a compressed cluster has from in on, through the cache.
+func (im *Image) decompressed(e format.L2Entry, p []byte, in int64) error {
+	return im.clusters.read(e, p, in, func(dst []byte) error { return im.decompress(e, dst) })
 }
 
 // streams are buffers for compressed clusters as they lie on the host.
@@ -157,7 +148,7 @@ func (im *Image) readAhead(c meta.GuestCluster) {
 			// The mapping may have changed since it was looked up, before this request began.
 			run, err := im.meta.Map.Lookup(c+k, 1, false)
 			if err == nil && run.Kind == format.KindCompressed {
-				_, _ = im.decompressed(run.Entry) // who wants it will meet the error too
+				_ = im.decompressed(run.Entry, nil, 0) // who wants it will meet the error too
 			}
 		}()
 	}

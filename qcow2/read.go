@@ -156,11 +156,9 @@ func (im *Image) readBacking(ctx context.Context, p []byte, off int64) error {
 func (im *Image) tryReadRun(p []byte, off, in int64, run meta.Run) error {
 	switch {
 	case run.Kind == format.KindCompressed:
-		data, ok := im.clusters.peek(run.Entry)
-		if !ok {
+		if !im.clusters.peek(run.Entry, p, in) {
 			return block.ErrWouldBlock
 		}
-		copy(p, data[in:])
 		if in == 0 {
 			im.readAhead(im.cluster(off))
 		}

@@ -35,6 +35,7 @@ const (
 	hostio    = "qcow2/hostio.go"
 	datafile  = "qcow2/datafile.go"
 	compress  = "qcow2/compress.go"
+	unpacked  = "qcow2/clustercache.go"
 	packer    = "qcow2/internal/meta/packer.go"
 	row       = "qcow2/internal/meta/row.go"
 	reader    = "qcow2/read.go"
@@ -480,6 +481,10 @@ var Defects = []Defect{
 		"	for _, e := range entries {\n		first", "	for _, e := range entries[len(entries):] {\n		first"},
 	{"recompressed-leaks", "what a compressed cluster replaces is never freed", compress,
 		"		if giveUp {\n			old.add", "		if giveUp && k < 0 {\n			old.add"},
+	{"unpacked-buffer-in-use", "memory of an unpacked cluster is given to another one while somebody copies from it", unpacked,
+		"!e.gone || e.users > 0 {", "!e.gone {"},
+	{"unpacked-found-when-gone", "a cluster that left the cache is found by its entry, in memory that holds another one", unpacked,
+		"			delete(c.byKey, old.key)\n", "			_ = old.key\n"},
 	{"cuts-too-much", "the last cluster in use is cut off at close", row,
 		"	most := int64(s.Layout.Offset(end))\n", "	most := int64(s.Layout.Offset(end - 1))\n"},
 	{"no-unref-frees", "a cluster is freed that discard-no-unref keeps", zero,
