@@ -426,6 +426,9 @@ func TestBitmapsInUse(t *testing.T) {
 	if err := im.TryWriteAt([]byte("x"), 900<<10); !errors.Is(err, block.ErrWouldBlock) {
 		t.Fatalf("a write that must wait for the flags: %v", err)
 	}
+	if err := im.TryWriteVAt([][]byte{make([]byte, 512), make([]byte, 512)}, 512); !errors.Is(err, block.ErrWouldBlock) {
+		t.Fatalf("a write in pieces that must wait for the flags: %v", err)
+	}
 	if err := im.WriteAt(ctx, []byte("x"), 900<<10, 0); err != nil {
 		t.Fatal(err)
 	}

@@ -94,6 +94,10 @@ func TestInPlaceOnUnkept(t *testing.T) {
 	if err := im.TryWriteAt(bytes.Repeat([]byte{2}, 512), 512); !errors.Is(err, block.ErrWouldBlock) {
 		t.Errorf("a write in place was acknowledged before its cluster's mapping is kept: %v", err)
 	}
+	pieces := [][]byte{bytes.Repeat([]byte{2}, 512), bytes.Repeat([]byte{3}, 512)}
+	if err := im.TryWriteVAt(pieces, 512); !errors.Is(err, block.ErrWouldBlock) {
+		t.Errorf("a write in pieces was acknowledged before its cluster's mapping is kept: %v", err)
+	}
 	go func() { done <- im.WriteAt(ctx, bytes.Repeat([]byte{2}, 512), 512, 0) }()
 	release()
 	for range 2 {
@@ -103,6 +107,9 @@ func TestInPlaceOnUnkept(t *testing.T) {
 	}
 	if err := im.TryWriteAt(bytes.Repeat([]byte{3}, 512), 512); err != nil {
 		t.Errorf("a write in place when everything is kept: %v", err)
+	}
+	if err := im.TryWriteVAt(pieces, 512); err != nil {
+		t.Errorf("a write in pieces when everything is kept: %v", err)
 	}
 }
 

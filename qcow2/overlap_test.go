@@ -145,9 +145,25 @@ func TestOverlapSwitches(t *testing.T) {
 	}
 }
 
-// writeOver opens an image with some structures watched and writes to its first cluster. A refused write must have changed
-// nothing but the header's corrupt bit.
+// writeOver opens an image with some structures watched and writes to its first cluster: in one, and, with the same outcome, in
+// pieces.
 func writeOver(t *testing.T, f *storage.MemFile, watch qcow2.Structures) error {
+	t.Helper()
+	ctx := context.Background()
+	p := bytes.Repeat([]byte{0xee}, 4096)
+	one := writeOverBy(t, f.Clone(), watch, func(im *qcow2.Image) error { return im.WriteAt(ctx, p, 0, 0) })
+	pieces := writeOverBy(t, f, watch, func(im *qcow2.Image) error {
+		return im.WriteVAt(ctx, [][]byte{p[:512], p[512:]}, 0, 0)
+	})
+	if fmt.Sprint(one) != fmt.Sprint(pieces) {
+		t.Errorf("a write in pieces returns %v, the same in one %v", pieces, one)
+	}
+	return one
+}
+
+// writeOverBy opens an image with some structures watched and changes it. A refused write must have changed nothing but the
+// header's corrupt bit.
+func writeOverBy(t *testing.T, f *storage.MemFile, watch qcow2.Structures, write func(*qcow2.Image) error) error {
 	t.Helper()
 	ctx := context.Background()
 	before := fileBytes(t, f)
@@ -155,7 +171,7 @@ func writeOver(t *testing.T, f *storage.MemFile, watch qcow2.Structures) error {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = im.WriteAt(ctx, bytes.Repeat([]byte{0xee}, 4096), 0, 0)
+	err = write(im)
 	var bad *qcow2.CorruptError
 	if err != nil && !errors.As(err, &bad) {
 		t.Errorf("the write returns %v, which is no CorruptError", err)

@@ -534,5 +534,5 @@ var Defects = []Defect{
 	{"pieces-on-what-may-be-lost", "a write in pieces is acknowledged that builds on a change neither recorded nor durable", vectors,
 		"	if err != nil || !im.bm.ready() || im.outstanding() {", "	if err != nil || !im.bm.ready() {"},
 	{"pieces-unguarded", "a write in pieces does not look whether it is for the image's own metadata", vectors,
-		"		if err := im.meta.Guard(format.HostOff(host), n); err != nil {", "		if err := im.meta.Guard(format.HostOff(host), 0); err != nil {"},
+		"	if !im.lay.DataFile {\n		if err := im.meta.Guard(", "	if im.lay.DataFile {\n		if err := im.meta.Guard("},
 }
