@@ -22,6 +22,8 @@ var (
 	ErrWouldBlock = errors.New("operation would block")
 	// ErrAllZero is returned by TryReadDataAt for a range that reads as zeroes.
 	ErrAllZero = errors.New("range reads as zeroes")
+	// ErrMixed is returned by TryReadDataAt for a range that holds both data and zeroes.
+	ErrMixed = errors.New("range holds data and zeroes")
 	// ErrNoCompression is wrapped by WriteCompressed when what is to be written cannot be stored compressed.
 	ErrNoCompression = errors.New("compressed data cannot be stored here")
 	// ErrClosed is returned by every method of a device after Close.
@@ -102,8 +104,8 @@ type OverwriteDevice interface {
 type DataDevice interface {
 	TryDevice
 	// TryReadDataAt is TryReadAt of a range of which nothing is known to read as zeroes. Where all of it is, it returns
-	// ErrAllZero and leaves p alone; what is mixed, or takes much computing, which several processors could share, is refused
-	// with ErrWouldBlock.
+	// ErrAllZero, where some of it is ErrMixed. What takes much computing, which several processors could share, is refused with
+	// ErrWouldBlock.
 	TryReadDataAt(p []byte, off int64) error
 }
 

@@ -220,13 +220,14 @@ func (r *Raw) TryReadDataAt(p []byte, off int64) error {
 	}
 	end, data, zero, err := r.status(r.o.Offset + off)
 	r.gate.leave()
-	if err != nil || end < r.o.Offset+off+int64(len(p)) {
+	switch whole := end >= r.o.Offset+off+int64(len(p)); {
+	case err != nil:
 		return ErrWouldBlock
-	}
-	if zero {
+	case !whole:
+		return ErrMixed
+	case zero:
 		return ErrAllZero
-	}
-	if !data {
+	case !data: // nobody knows
 		return ErrWouldBlock
 	}
 	// A hole that is made meanwhile is read as zeroes, which it is.

@@ -316,6 +316,9 @@ func (c *conn) readBulk(r *request) bool {
 		c.readDone(r)
 		c.send(r)
 		return true
+	case errors.Is(err, block.ErrMixed) && c.readMixed(r):
+		c.send(r)
+		return true
 	case errors.Is(err, block.ErrAllZero):
 		c.bytesRead.Add(r.length)
 		c.commit(appendHole(c.reserve(maxChunkHead), c.mode, r.header, chunkDone, r.off, uint32(r.length)))
@@ -326,6 +329,17 @@ func (c *conn) readBulk(r *request) bool {
 	r.buf = nil
 	c.cold = coldReads
 	return false // a worker meets it, too, if it is an error
+}
+
+// readMixed fills the reply of a long read of data and zeroes, if the data is at hand. The device has just looked up where is
+// what, so asking it again takes no wait worth a change of goroutine.
+func (c *conn) readMixed(r *request) bool {
+	if c.findHoles(r) == nil && len(r.runs) > 1 && c.readSparse(r, c.exp.try.TryReadAt) == nil {
+		return true
+	}
+	clear(r.vecs)
+	r.vecs, r.heads, r.runs = r.vecs[:0], r.heads[:0], r.runs[:0]
+	return false
 }
 
 // readDone makes the reply of a read whose bytes are in r.buf.

@@ -127,7 +127,7 @@ func (c *conn) read(r *request) error {
 			return err
 		}
 		if len(r.runs) > 1 || len(r.runs) == 1 && r.runs[0].zero {
-			return c.readSparse(r)
+			return c.readSparse(r, func(p []byte, off int64) error { return c.exp.Device.ReadAt(c.ctx, p, off) })
 		}
 	}
 	if err := c.exp.Device.ReadAt(c.ctx, r.payload(), int64(r.off)); err != nil {
@@ -183,7 +183,7 @@ func joinSmall(runs []run) []run {
 }
 
 // readSparse fills the reply of a READ that findHoles has divided.
-func (c *conn) readSparse(r *request) error {
+func (c *conn) readSparse(r *request, read func(p []byte, off int64) error) error {
 	// The pieces of heads in vecs must not move any more.
 	if need := len(r.runs) * maxChunkHead; cap(r.heads) < need {
 		r.heads = make([]byte, 0, need)
@@ -202,7 +202,7 @@ func (c *conn) readSparse(r *request) error {
 		}
 		at := x.off - int64(r.off)
 		data := r.buf.b[at : at+int64(x.n)]
-		if err := c.exp.Device.ReadAt(c.ctx, data, x.off); err != nil {
+		if err := read(data, x.off); err != nil {
 			return err
 		}
 		p = appendDataHead(p, c.mode, r.header, flags, uint64(x.off), x.n)

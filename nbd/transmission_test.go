@@ -281,6 +281,7 @@ func TestLongRequestsInPlace(t *testing.T) {
 			if m != simple && r.Holes != 1 || !bytes.Equal(r.Data, dev.Bytes(0, long)) {
 				t.Errorf("a read with a hole: %d holes sent, want 1", r.Holes)
 			}
+			expect("a read with a hole", 0)
 		})
 	}
 }

@@ -164,7 +164,7 @@ func (im *Image) tryReadRun(p []byte, off, in int64, run meta.Run) error {
 		}
 		return nil
 	case im.lay.ExtendedL2 && run.N == 1:
-		return block.ErrWouldBlock
+		return im.tryReadParts(p, off)
 	case run.Kind == format.KindNormal:
 		return im.tryReadHost(p, off, int64(run.Entry.HostOffset())+in)
 	case run.Kind == format.KindUnallocated && im.backing != nil && off < im.backing.Size():

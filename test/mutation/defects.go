@@ -502,10 +502,12 @@ var Defects = []Defect{
 		"	if off >= im.VMStateOffset() {\n		return n\n	}\n", ""},
 
 	// Reads in place.
-	{"data-from-the-cluster", "a long read in place begins at the cluster's first byte", tryData,
-		"int64(run.Entry.HostOffset())+in)", "int64(run.Entry.HostOffset()))"},
+	{"data-from-the-cluster", "a read in place begins at the cluster's first byte", tryData,
+		"int64(run.Entry.HostOffset()) + in}", "int64(run.Entry.HostOffset())}"},
 	{"data-unpacked", "a long read in place shows compressed clusters as zeroes", tryData,
-		"		default:\n			err = block.ErrWouldBlock\n", "		default:\n			clear(p[:n])\n"},
+		"		return part{partOther, n, 0}\n	}\n	n = min", "		return part{partZero, n, 0}\n	}\n	n = min"},
+	{"data-joined", "a read in place takes for one what lies in two places on the host", tryData,
+		"p.kind == partData && next.host != p.host+p.n", "p.kind == partData && next.host < p.host"},
 
 	// Work over whole images.
 	{"hidden-not-in-data-file", "zeroes that an image is to hold itself are not in its raw data file", zero,

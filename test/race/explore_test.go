@@ -263,6 +263,9 @@ func tryReadData(im *qcow2.Image, p []byte, off int64) error {
 		clear(p)
 		return nil
 	}
+	if errors.Is(err, block.ErrMixed) {
+		return block.ErrWouldBlock
+	}
 	return err
 }
 

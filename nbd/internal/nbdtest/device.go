@@ -188,7 +188,7 @@ func (d *Device) TryReadAt(p []byte, off int64) error {
 func (d *Device) TryReadDataAt(p []byte, off int64) error {
 	switch data, zero := d.grains(off, min(off+int64(len(p)), d.Size())); {
 	case data && zero:
-		return block.ErrWouldBlock
+		return block.ErrMixed
 	case zero:
 		if d.TryErr != nil {
 			if err := d.TryErr(false, off, int64(len(p))); err != nil {
