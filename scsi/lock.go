@@ -38,11 +38,30 @@ func (l *regionLocks) lock(off, n int64, alone bool) func() {
 	}
 }
 
-// tryShare is lock for a writer, if it need not wait and one lock is all. nil: it would have to wait.
-func (l *regionLocks) tryShare(off, n int64) *sync.RWMutex {
-	first, last := off>>regionShift, (off+max(n, 1)-1)>>regionShift
-	if first != last || !l[first%regions].TryRLock() {
-		return nil
+// shared are the regions that a writer has by tryShare: one, or two that follow each other.
+type shared [2]*sync.RWMutex
+
+func (s shared) unlock() {
+	for _, region := range s {
+		if region != nil {
+			region.RUnlock()
+		}
 	}
-	return &l[first%regions]
+}
+
+// tryShare is lock for a writer to at most two regions, if it need not wait.
+func (l *regionLocks) tryShare(off, n int64) (shared, bool) {
+	first, last := off>>regionShift, (off+max(n, 1)-1)>>regionShift
+	a, b := &l[first%regions], &l[last%regions]
+	if last > first+1 || !a.TryRLock() {
+		return shared{}, false
+	}
+	if first == last {
+		return shared{a}, true
+	}
+	if !b.TryRLock() {
+		a.RUnlock()
+		return shared{}, false
+	}
+	return shared{a, b}, true
 }

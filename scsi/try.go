@@ -41,11 +41,11 @@ func (u *Unit) TryExecute(cdb []byte, data Buffer) (Reply, bool) {
 	if err != nil || u.writeProtected() || !u.modeIs(modeWriteCache) {
 		return Reply{}, false
 	}
-	region := u.locks.tryShare(off, n)
-	if region == nil {
+	held, ok := u.locks.tryShare(off, n)
+	if !ok {
 		return Reply{}, false
 	}
-	defer region.RUnlock()
+	defer held.unlock()
 	if u.unavailable() != nil { // since it was looked at first: see change
 		return Reply{}, false
 	}
