@@ -125,11 +125,11 @@ func (im *Image) readHostV(bufs [][]byte, off, host int64) error {
 
 // TryReadVAt is ReadVAt if mapping and data are in memory; otherwise block.ErrWouldBlock.
 func (im *Image) TryReadVAt(bufs [][]byte, off int64) error {
+	if !block.WholeSectors(bufs, off) {
+		return block.ErrWouldBlock
+	}
 	t, ok := im.tryEnter()
-	if !ok || !block.WholeSectors(bufs, off) {
-		if ok {
-			im.meta.Epochs.Exit(t)
-		}
+	if !ok {
 		return block.ErrWouldBlock
 	}
 	defer im.meta.Epochs.Exit(t)
