@@ -23,33 +23,6 @@ func (im *Image) ReadAt(ctx context.Context, p []byte, off int64) error {
 	return im.read(ctx, p, off)
 }
 
-// TryReadAt is ReadAt if mapping and data are in memory; otherwise block.ErrWouldBlock.
-func (im *Image) TryReadAt(p []byte, off int64) error {
-	t, ok := im.tryEnter()
-	if !ok {
-		return block.ErrWouldBlock
-	}
-	defer im.meta.Epochs.Exit(t)
-	if err := block.CheckRange(off, int64(len(p)), im.Size()); err != nil {
-		return err
-	}
-	for len(p) > 0 {
-		run, in, err := im.lookup(off, int64(len(p)), false)
-		if err != nil {
-			return wouldBlock(err)
-		}
-		n := im.runBytes(run, in, len(p))
-		if err := im.tryReadRun(p[:n], off, in, run); err != nil {
-			return wouldBlock(err)
-		}
-		p, off = p[n:], off+int64(n)
-	}
-	return nil
-}
-
-// wouldBlock turns every error of an attempt into "ask again, waiting": the full request will meet and report it.
-func wouldBlock(error) error { return block.ErrWouldBlock }
-
 // lookup returns the run at guest offset off and how far into its first cluster off lies.
 func (im *Image) lookup(off, n int64, wait bool) (meta.Run, int64, error) {
 	in := im.lay.GuestInCluster(format.GuestOff(off))
@@ -110,15 +83,9 @@ func (im *Image) readSubclusters(ctx context.Context, p []byte, off, in int64, r
 	if run.N > 1 {
 		return im.readBacking(ctx, p, off) // only a missing table makes runs here
 	}
-	size := im.lay.SubclusterSize()
 	for len(p) > 0 {
-		i := int(in / size)
-		kind := im.lay.SubKind(run.Entry, run.Bitmap, i)
-		end := i + 1
-		for end < im.lay.Subclusters() && im.lay.SubKind(run.Entry, run.Bitmap, end) == kind {
-			end++
-		}
-		n := min(int64(len(p)), int64(end)*size-in)
+		kind, row := im.likeSubclusters(run, in)
+		n := min(int64(len(p)), row)
 		var err error
 		switch kind {
 		case format.SubNormal:
@@ -138,6 +105,19 @@ func (im *Image) readSubclusters(ctx context.Context, p []byte, off, in int64, r
 	return nil
 }
 
+// likeSubclusters returns the kind of the subcluster that lies in bytes into a cluster, and how many bytes from there on are in a
+// row of subclusters of that kind.
+func (im *Image) likeSubclusters(run meta.Run, in int64) (format.SubclusterKind, int64) {
+	size := im.lay.SubclusterSize()
+	i := int(in / size)
+	kind := im.lay.SubKind(run.Entry, run.Bitmap, i)
+	end := i + 1
+	for end < im.lay.Subclusters() && im.lay.SubKind(run.Entry, run.Bitmap, end) == kind {
+		end++
+	}
+	return kind, int64(end)*size - in
+}
+
 // readBacking reads what no cluster of this image decides: the backing device, zeroes behind its end.
 func (im *Image) readBacking(ctx context.Context, p []byte, off int64) error {
 	if im.backing != nil && off < im.backing.Size() {
@@ -149,41 +129,6 @@ func (im *Image) readBacking(ctx context.Context, p []byte, off int64) error {
 		p = p[n:]
 	}
 	clear(p)
-	return nil
-}
-
-// tryReadRun is readRun without waiting.
-func (im *Image) tryReadRun(p []byte, off, in int64, run meta.Run) error {
-	switch {
-	case run.Kind == format.KindCompressed:
-		if !im.clusters.peek(run.Entry, p, in) {
-			return block.ErrWouldBlock
-		}
-		if in == 0 {
-			im.readAhead(im.cluster(off))
-		}
-		return nil
-	case im.lay.ExtendedL2 && run.N == 1:
-		return im.tryReadParts(p, off)
-	case run.Kind == format.KindNormal:
-		return im.tryReadHost(p, off, int64(run.Entry.HostOffset())+in)
-	case run.Kind == format.KindUnallocated && im.backing != nil && off < im.backing.Size():
-		return im.tryReadBacking(p, off)
-	}
-	clear(p)
-	return nil
-}
-
-func (im *Image) tryReadBacking(p []byte, off int64) error {
-	below, ok := im.backing.(block.TryDevice)
-	if !ok {
-		return block.ErrWouldBlock
-	}
-	n := min(int64(len(p)), im.backing.Size()-off)
-	if err := below.TryReadAt(p[:n], off); err != nil {
-		return err
-	}
-	clear(p[n:])
 	return nil
 }
 

@@ -139,44 +139,33 @@ func (im *Image) TryReadVAt(bufs [][]byte, off int64) error {
 		return err
 	}
 	for c.Left() > 0 {
-		run, in, err := im.lookup(off, c.Left(), false)
-		if err != nil {
+		how := im.tryPart(off, c.Left())
+		if err := im.tryReadPartV(c.Next(how.n), off, how); err != nil {
 			return wouldBlock(err)
 		}
-		n := im.runBytes64(run, in, c.Left())
-		if err := im.tryReadRunV(c.Next(n), off, in, run); err != nil {
-			return wouldBlock(err)
-		}
-		off += n
+		off += how.n
 	}
 	return nil
 }
 
-// tryReadRunV is readRunV without waiting.
-func (im *Image) tryReadRunV(bufs [][]byte, off, in int64, run meta.Run) error {
-	switch {
-	case im.plainRun(run):
-		return im.tryReadHostV(bufs, off, int64(run.Entry.HostOffset())+in)
-	case run.Kind == format.KindUnallocated && (!im.lay.ExtendedL2 || run.N > 1) && !im.zeroRead(run.Kind, off):
-		return im.tryReadBackingV(bufs, off)
+// tryReadPartV is tryReadPart for buffers that meet between sectors.
+func (im *Image) tryReadPartV(bufs [][]byte, off int64, how part) error {
+	switch how.kind {
+	case partData:
+		return im.tryReadHostV(bufs, off, how.host)
+	case partZero:
+		storage.ClearV(bufs, 0)
+		return nil
+	case partBelow:
+		return block.TryReadV(im.backing, bufs, off)
 	}
-	for _, p := range bufs {
-		if err := im.tryReadRun(p, off, in, run); err != nil {
+	for _, p := range bufs { // each a part of one compressed cluster
+		how.n = int64(len(p))
+		if err := im.tryReadPart(p, off, how); err != nil {
 			return err
 		}
-		off, in = off+int64(len(p)), in+int64(len(p))
+		off += how.n
 	}
-	return nil
-}
-
-// tryReadBackingV is readBackingV without waiting.
-func (im *Image) tryReadBackingV(bufs [][]byte, off int64) error {
-	c := block.NewCursor(bufs)
-	defer c.Close()
-	if err := block.TryReadV(im.backing, c.Next(min(c.Left(), im.backing.Size()-off)), off); err != nil {
-		return err
-	}
-	storage.ClearV(c.Next(c.Left()), 0)
 	return nil
 }
 

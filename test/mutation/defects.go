@@ -39,7 +39,7 @@ const (
 	packer    = "qcow2/internal/meta/packer.go"
 	row       = "qcow2/internal/meta/row.go"
 	reader    = "qcow2/read.go"
-	tryData   = "qcow2/trydata.go"
+	tryReader = "qcow2/tryread.go"
 	zero      = "qcow2/zero.go"
 	rewrite   = "qcow2/internal/format/rewrite.go"
 	expand    = "qcow2/internal/meta/expand.go"
@@ -502,11 +502,11 @@ var Defects = []Defect{
 		"	if off >= im.VMStateOffset() {\n		return n\n	}\n", ""},
 
 	// Reads in place.
-	{"data-from-the-cluster", "a read in place begins at the cluster's first byte", tryData,
-		"int64(run.Entry.HostOffset()) + in}", "int64(run.Entry.HostOffset())}"},
-	{"data-unpacked", "a long read in place shows compressed clusters as zeroes", tryData,
-		"		return part{partOther, n, 0}\n	}\n	n = min", "		return part{partZero, n, 0}\n	}\n	n = min"},
-	{"data-joined", "a read in place takes for one what lies in two places on the host", tryData,
+	{"data-from-the-cluster", "a read in place begins at the cluster's first byte", tryReader,
+		"host: int64(run.Entry.HostOffset()) + in}", "host: int64(run.Entry.HostOffset()) + 0*in}"},
+	{"data-unpacked", "a long read in place shows compressed clusters as zeroes", tryReader,
+		"		return part{kind: partPacked, n: n, word: run.Entry}", "		return part{kind: partZero, n: n}"},
+	{"data-joined", "a read in place takes for one what lies in two places on the host", tryReader,
 		"p.kind == partData && next.host != p.host+p.n", "p.kind == partData && next.host < p.host"},
 
 	// Work over whole images.
