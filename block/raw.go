@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -75,7 +77,8 @@ type Raw struct {
 
 func rawOptions(o FormatOptions) (RawOptions, error) {
 	r := RawOptions{Name: o.Name, ReadOnly: o.ReadOnly}
-	for key, text := range o.Options {
+	for _, key := range slices.Sorted(maps.Keys(o.Options)) {
+		text := o.Options[key]
 		var dst *int64
 		switch key {
 		case "offset":

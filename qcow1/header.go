@@ -11,7 +11,9 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
+	"slices"
 
 	"github.com/droverproject/drover/block"
 	"github.com/droverproject/drover/luks"
@@ -138,7 +140,8 @@ func init() {
 }
 
 func checkOptions(options map[string]string) error {
-	for name, value := range options {
+	for _, name := range slices.Sorted(maps.Keys(options)) {
+		value := options[name]
 		switch name {
 		case "encrypt.format":
 			if value != "aes" {

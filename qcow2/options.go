@@ -5,7 +5,9 @@ package qcow2
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -103,7 +105,8 @@ var runtimeOptions = map[string]func(o *Options, name, value string) error{
 
 // runtime takes over the options that go by QEMU's names, for an image with this header.
 func (o *Options) runtime(byName map[string]string, hdr *format.Header) error {
-	for name, value := range byName {
+	for _, name := range slices.Sorted(maps.Keys(byName)) { // so that of several errors it is always the same that is told
+		value := byName[name]
 		if name == "overlap-check" || strings.HasPrefix(name, "overlap-check.") {
 			continue
 		}
@@ -216,7 +219,8 @@ func (o *Options) overlapOptions(byName map[string]string) error {
 			return fmt.Errorf("Unsupported value '%s' for qcow2 option 'overlap-check'. Allowed are any of the following: none, constant, cached, all", template) //nolint:staticcheck // QEMU's text
 		}
 	}
-	for name, value := range byName {
+	for _, name := range slices.Sorted(maps.Keys(byName)) { // so that of several errors it is always the same that is told
+		value := byName[name]
 		rest, ok := strings.CutPrefix(name, prefix)
 		if !ok || rest == "template" {
 			continue

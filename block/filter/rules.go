@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
@@ -290,7 +291,8 @@ func parseConfig(text string) ([]*rule, error) {
 // takeRules takes the rules out of a node's options: inject-error.N.event and so on.
 func takeRules(section string, o block.Options) ([]*rule, error) {
 	byIndex := make(map[string]map[string]string)
-	for key, value := range o {
+	for _, key := range slices.Sorted(maps.Keys(o)) {
+		value := o[key]
 		index, name, ok := strings.Cut(key, ".")
 		if !ok {
 			return nil, fmt.Errorf("Parameter '%s.%s' is unexpected", section, key)
