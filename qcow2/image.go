@@ -103,6 +103,7 @@ type Image struct {
 	nowait  storage.NowaitReader
 	dataEnd highWater // of an external data file
 	packed  sync.Pool // *[]byte, one cluster long
+	ones    sync.Pool // *[1][]byte: buffers of requests that have one
 	ahead   readahead
 	backing block.Device
 	crypt   *encryption // nil when the image is not encrypted
@@ -263,6 +264,7 @@ func newImage(file storage.File, hdr *format.Header, o Options) *Image {
 	}
 	im.nowait, _ = im.data.(storage.NowaitReader)
 	cs := int(im.lay.ClusterSize())
+	im.ones.New = func() any { return new([1][]byte) }
 	im.cow.New = func() any { b := make([]byte, 2*cs); return &b }
 	im.clusters = newClusterCache(or(o.ClusterCacheSize, DefaultClusterCacheSize), int64(cs))
 	return im

@@ -138,6 +138,9 @@ func (im *Image) TryReadVAt(bufs [][]byte, off int64) error {
 	if err := block.CheckRange(off, c.Left(), im.Size()); err != nil {
 		return err
 	}
+	if im.crypt != nil && c.Left() > maxTryCrypt {
+		return block.ErrWouldBlock
+	}
 	for c.Left() > 0 {
 		how := im.tryPart(off, c.Left())
 		if err := im.tryReadPartV(c.Next(how.n), off, how); err != nil {
@@ -280,8 +283,8 @@ type place struct{ n, host int64 }
 // maxTryPlaces bounds how many places a write may have that is done without waiting.
 const maxTryPlaces = 32
 
-// tryWriteV is tryWrite for several buffers, and for a range that lies in several places. All of them are known before the
-// first is written.
+// tryWriteV writes to one place on the host or to several, all of which are known before the first is written, or to a cluster
+// that holds nothing yet.
 func (im *Image) tryWriteV(bufs [][]byte, off int64, mayAllocate bool) error {
 	n := block.LenV(bufs)
 	if err := im.checkWrite(off, n); err != nil {
@@ -295,7 +298,7 @@ func (im *Image) tryWriteV(bufs [][]byte, off int64, mayAllocate bool) error {
 	if err := im.checkWrite(off, n); err != nil {
 		return err
 	}
-	if !im.meta.GuardReady() || !block.WholeSectors(bufs, off) || im.crypt != nil && !wholeSectors(off, int(n)) {
+	if !im.meta.GuardReady() || !block.WholeSectors(bufs, off) || im.crypt != nil && (!wholeSectors(off, int(n)) || n > maxTryCrypt) {
 		return block.ErrWouldBlock
 	}
 	var room [maxTryPlaces]place
@@ -309,13 +312,13 @@ func (im *Image) tryWriteV(bufs [][]byte, off int64, mayAllocate bool) error {
 		err = im.overwritePlaces(bufs, off, places)
 	case mayAllocate && n > 0:
 		if err = im.tryAllocateV(bufs, n, off); err == nil && im.outstanding() {
-			return block.ErrWouldBlock // as in tryWrite
+			return block.ErrWouldBlock // the full request does it again, and makes sure that it survives
 		}
 	default:
 		return block.ErrWouldBlock
 	}
 	if ownCorruption(err) != nil {
-		return block.ErrWouldBlock // as in tryWrite
+		return block.ErrWouldBlock // the full request meets it, too, and sees to it
 	}
 	return err
 }

@@ -108,40 +108,11 @@ func (im *Image) TryOverwriteAt(p []byte, off int64) error {
 }
 
 func (im *Image) tryWrite(p []byte, off int64, mayAllocate bool) error {
-	if err := im.checkWrite(off, int64(len(p))); err != nil {
-		return err
-	}
-	t, ok := im.tryEnter()
-	if !ok {
-		return block.ErrWouldBlock
-	}
-	defer im.meta.Epochs.Exit(t)
-	if err := im.checkWrite(off, int64(len(p))); err != nil {
-		return err
-	}
-	if !im.meta.GuardReady() || im.crypt != nil && (!wholeSectors(off, len(p)) || len(p) > maxTryCrypt) {
-		return block.ErrWouldBlock
-	}
-	run, in, err := im.lookup(off, int64(len(p)), false)
-	if err != nil {
-		return wouldBlock(err)
-	}
-	if !im.bm.ready() || im.outstanding() {
-		return block.ErrWouldBlock
-	}
-	if n := int64(len(p)); im.inPlacePrefix(run, in, int64(im.runBytes(run, in, len(p)))) == n {
-		im.mark(span{off, n})
-		err = im.overwrite(p, off, int64(run.Entry.HostOffset())+in)
-	} else if mayAllocate {
-		if err = im.tryAllocate(p, off); err == nil && im.outstanding() {
-			return block.ErrWouldBlock // the full request does it again, and makes sure that it survives
-		}
-	} else {
-		return block.ErrWouldBlock
-	}
-	if ownCorruption(err) != nil {
-		return block.ErrWouldBlock // the full request meets it, too, and sees to it
-	}
+	one := im.ones.Get().(*[1][]byte)
+	one[0] = p
+	err := im.tryWriteV(one[:], off, mayAllocate)
+	one[0] = nil // the pool keeps nothing of the caller's
+	im.ones.Put(one)
 	return err
 }
 
@@ -225,13 +196,8 @@ func (im *Image) allocateV(ctx context.Context, c *block.Cursor, off int64) (int
 	return n, nil
 }
 
-// tryAllocate is allocate for a write within one cluster that holds nothing, neither here nor below. It returns
+// tryAllocateV is allocateV for n bytes within one cluster that holds nothing, neither here nor below. It returns
 // block.ErrWouldBlock, and has changed nothing, where that would take waiting or reading.
-func (im *Image) tryAllocate(p []byte, off int64) error {
-	return im.tryAllocateV([][]byte{p}, int64(len(p)), off)
-}
-
-// tryAllocateV is tryAllocate for n bytes in several buffers.
 func (im *Image) tryAllocateV(bufs [][]byte, n, off int64) error {
 	c := im.cluster(off)
 	in := im.lay.GuestInCluster(format.GuestOff(off))
