@@ -181,7 +181,7 @@ var groups = []group{
 		{"cache_clean_timer, cache_clean_interval", "", "qcow2.Options.CacheCleanInterval", "qcow2 TestIdleCacheIsDropped"},
 		{"cluster_cache", "decompressed clusters", "qcow2.clusterCache", "test/race TestL1CompressedClusterIsReadOnce"},
 		{"cluster_data", "", "qcow2.Image.decompress", "test/interop TestCompressedImages"},
-		{"cluster_cache_offset", "", "qcow2.clusterCache.get", "test/race TestL1CompressedClusterIsReadOnce"},
+		{"cluster_cache_offset", "", "qcow2.clusterCache.read", "test/race TestL1CompressedClusterIsReadOnce"},
 		{"refcount_table", "", mt + "Refcounts", "test/race TestE1RefcountTableGrows"},
 		{"refcount_table_offset", "", mt + "Config.RefTableOff", "qcow2/internal/meta TestMovedRefcountTableIsForgotten"},
 		{"refcount_table_size", "", mt + "Config.RefTableLen", "test/race TestE1RefcountTableGrows"},
