@@ -443,3 +443,11 @@ func TestSeriesGoAsFarAsPromised(t *testing.T) {
 		t.Errorf("there is no series of %v", last)
 	}
 }
+
+func TestRoundKeepsSmallRatios(t *testing.T) {
+	for _, c := range [][2]float64{{1.234, 1.23}, {284.944, 284.94}, {0.123, 0.12}, {0.00317, 0.0032}, {0.0999, 0.1}, {0, 0}} {
+		if got := round(c[0]); math.Abs(got-c[1]) > 1e-9 {
+			t.Errorf("round(%v) = %v, want %v", c[0], got, c[1])
+		}
+	}
+}

@@ -59,7 +59,14 @@ func (r result) against() (ops, cpu float64, ok bool) {
 	return median(all), median(r.ratios(r.Servers[0], r.Base, cost)), true
 }
 
-func round(v float64) float64 { return math.Round(v*100) / 100 }
+// round leaves two decimals, or two digits of what is smaller: a ratio of 0 would be a floor that nothing can keep.
+func round(v float64) float64 {
+	unit := 100.0
+	for v > 0 && v*unit < 10 {
+		unit *= 10
+	}
+	return math.Round(v*unit) / unit
+}
 
 // broken lists the figures that are worse than they may be.
 func (f floors) broken(results []result) error {
