@@ -37,7 +37,7 @@ func (im *Image) cluster(off int64) meta.GuestCluster {
 
 // runBytes returns how many of the next most bytes a run covers, from in bytes into its first cluster.
 func (im *Image) runBytes(run meta.Run, in int64, most int) int {
-	return int(min(int64(most), run.N<<im.lay.ClusterBits-in))
+	return int(im.runBytes64(run, in, int64(most)))
 }
 
 func (im *Image) read(ctx context.Context, p []byte, off int64) error {

@@ -46,7 +46,7 @@ func (im *Image) tryPartOfRun(off, n int64) part {
 	if err != nil {
 		return part{kind: partOther, n: n}
 	}
-	n = min(n, run.N<<im.lay.ClusterBits-in)
+	n = im.runBytes64(run, in, n)
 	kind := im.lay.SubKind(run.Entry, run.Bitmap, 0)
 	if im.lay.ExtendedL2 && run.N == 1 && kind != format.SubCompressed { // only a missing table makes longer runs there
 		var row int64

@@ -1,7 +1,6 @@
 package storage
 
 import (
-	"io"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -40,21 +39,12 @@ func (f *OSFile) nowaitLoop(iov []unix.Iovec, bufs [][]byte, off int64, total in
 		lo, hi := splitOffset(off + int64(n))
 		r, _, errno := unix.Syscall6(unix.SYS_PREADV2, uintptr(f.fd), uintptr(unsafe.Pointer(&use[0])), uintptr(len(use)), lo, hi,
 			unix.RWF_NOWAIT)
-		switch {
-		case errno == unix.EINTR:
-		case errno == unix.EAGAIN:
-			return n, ErrWouldBlock
-		case errno == unix.EOPNOTSUPP || errno == unix.ENOSYS || errno == unix.EINVAL:
-			f.noNowait.Store(true)
-			return n, ErrWouldBlock
-		case errno != 0:
-			return n, opError("reading", f.name, off+int64(n), errno)
-		case r == 0:
-			return n, io.EOF
-		default:
-			v.advance(int(r))
-			n += int(r)
+		m, err := f.nowaitAnswer(int(r), errno, off+int64(n))
+		if err != nil {
+			return n, err
 		}
+		v.advance(m)
+		n += m
 	}
 	return total, nil
 }

@@ -253,22 +253,31 @@ func (f *OSFile) ReadAtNowait(p []byte, off int64) (int, error) {
 	}
 	for n := 0; n < len(p); {
 		m, errno := preadNowait(f.fd, p[n:], off+int64(n))
-		switch {
-		case errno == unix.EINTR:
-		case errno == unix.EAGAIN:
-			return n, ErrWouldBlock
-		case errno == unix.EOPNOTSUPP || errno == unix.ENOSYS || errno == unix.EINVAL:
-			f.noNowait.Store(true)
-			return n, ErrWouldBlock
-		case errno != 0:
-			return n, opError("reading", f.name, off+int64(n), errno)
-		case m == 0:
-			return n, io.EOF
-		default:
-			n += m // short: the next bytes are not cached, or the file ends; asking again tells which
+		m, err := f.nowaitAnswer(m, errno, off+int64(n))
+		if err != nil {
+			return n, err
 		}
+		n += m // short: the next bytes are not cached, or the file ends; asking again tells which
 	}
 	return len(p), nil
+}
+
+// nowaitAnswer returns how much a read at off with RWF_NOWAIT has brought, which is nothing when it has to be asked again.
+func (f *OSFile) nowaitAnswer(m int, errno unix.Errno, off int64) (int, error) {
+	switch {
+	case errno == unix.EINTR:
+		return 0, nil
+	case errno == unix.EAGAIN:
+		return 0, ErrWouldBlock
+	case errno == unix.EOPNOTSUPP || errno == unix.ENOSYS || errno == unix.EINVAL:
+		f.noNowait.Store(true)
+		return 0, ErrWouldBlock
+	case errno != 0:
+		return 0, opError("reading", f.name, off, errno)
+	case m == 0:
+		return 0, io.EOF
+	}
+	return m, nil
 }
 
 // WriteAt implements io.WriterAt.
