@@ -334,7 +334,7 @@ func (c *conn) readBulk(r *request) bool {
 // readMixed fills the reply of a long read of data and zeroes, if the data is at hand. The device has just looked up where is
 // what, so asking it again takes no wait worth a change of goroutine.
 func (c *conn) readMixed(r *request) bool {
-	if c.findHoles(r) == nil && len(r.runs) > 1 && c.readSparse(r, c.exp.try.TryReadAt) == nil {
+	if c.findHoles(r) == nil && c.readSparse(r, c.exp.try.TryReadAt) == nil {
 		return true
 	}
 	clear(r.vecs)

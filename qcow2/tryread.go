@@ -9,6 +9,9 @@ import (
 // processors can share it.
 const maxTryCrypt = 64 << 10
 
+// longCrypt reports whether encryption makes n bytes too much to be read or written at once.
+func (im *Image) longCrypt(n int64) bool { return im.crypt != nil && n > maxTryCrypt }
+
 // part is a range of guest bytes that are read in one way.
 type part struct {
 	kind partKind
@@ -109,6 +112,9 @@ func (im *Image) TryReadAt(p []byte, off int64) error {
 	if err := block.CheckRange(off, int64(len(p)), im.Size()); err != nil {
 		return err
 	}
+	if im.longCrypt(int64(len(p))) {
+		return block.ErrWouldBlock
+	}
 	for len(p) > 0 {
 		how := im.tryPart(off, int64(len(p)))
 		if err := im.tryReadPart(p[:how.n], off, how); err != nil {
@@ -130,7 +136,7 @@ func (im *Image) TryReadDataAt(p []byte, off int64) error {
 		return block.ErrWouldBlock
 	}
 	defer im.meta.Epochs.Exit(t)
-	if im.crypt != nil && len(p) > maxTryCrypt {
+	if im.longCrypt(int64(len(p))) {
 		return block.ErrWouldBlock
 	}
 	if err := block.CheckRange(off, int64(len(p)), im.Size()); err != nil {

@@ -138,7 +138,7 @@ func (im *Image) TryReadVAt(bufs [][]byte, off int64) error {
 	if err := block.CheckRange(off, c.Left(), im.Size()); err != nil {
 		return err
 	}
-	if im.crypt != nil && c.Left() > maxTryCrypt {
+	if im.longCrypt(c.Left()) {
 		return block.ErrWouldBlock
 	}
 	for c.Left() > 0 {
@@ -298,7 +298,7 @@ func (im *Image) tryWriteV(bufs [][]byte, off int64, mayAllocate bool) error {
 	if err := im.checkWrite(off, n); err != nil {
 		return err
 	}
-	if !im.meta.GuardReady() || !block.WholeSectors(bufs, off) || im.crypt != nil && (!wholeSectors(off, int(n)) || n > maxTryCrypt) {
+	if !im.meta.GuardReady() || !block.WholeSectors(bufs, off) || im.crypt != nil && !wholeSectors(off, int(n)) || im.longCrypt(n) {
 		return block.ErrWouldBlock
 	}
 	var room [maxTryPlaces]place
